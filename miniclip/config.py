@@ -1,0 +1,250 @@
+"""Configs: frozen dataclasses whose field names are the JSON names of upstream's config files.
+
+Read first; then model.py. `Config` is the ground that minidiff's configs stand on as well.
+Paper: Radford et al. 2021 (CLIP), tables 19 and 20 list the sizes of the published models.
+Mirrors: transformers' CLIPTextConfig, CLIPVisionConfig, CLIPConfig; diffusers' ConfigMixin.
+Shapes: none here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+
+class ConfigError(ValueError):
+    """A config that cannot be honoured; the one-line message names the source, the field and the value."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Base of all configs. Reads like upstream's: `config.name`, `config["name"]`, `dict(config)`.
+
+    `inert` lists upstream's fields that we leave out, each with the values under which it does nothing;
+    any other value raises. That table is the documentation of what is missing. `metadata` lists upstream's
+    fields that change no number whatever they hold.
+    """
+
+    inert: ClassVar[dict[str, tuple]] = {}
+    metadata: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "config") -> Config:
+        """Strict reading of a JSON object. Keys that start with "_" are metadata; lists become tuples.
+
+        Raises ConfigError for an unknown field, a value of the wrong type, or a left-out feature in use.
+        """
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        hints = typing.get_type_hints(cls)
+        chosen = {}
+        for name, value in values.items():
+            if name in known:
+                value = known[name].default if value is None and hints[name] is bool else _tuples(value)
+                if not _fits(value, hints[name]):
+                    raise ConfigError(f"{source}: {name} = {value!r} is not of type {_name(hints[name])}")
+                chosen[name] = value
+            elif name in cls.inert:
+                if not any(value is v or (value == v and type(value) is type(v)) for v in cls.inert[name]):
+                    raise ConfigError(f"{source}: {name} = {value!r} is not supported, only {cls.inert[name]}")
+            elif not name.startswith("_") and name not in cls.metadata:
+                raise ConfigError(f"{source}: unknown field {name!r}; {cls.__name__} knows {', '.join(known)}")
+        try:
+            return cls(**chosen)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict of all fields, tuples as lists, nested configs as dicts."""
+        return {f.name: _lists(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.keys():
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.keys()
+
+    def keys(self) -> list[str]:
+        return [f.name for f in dataclasses.fields(self)]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return getattr(self, name) if name in self.keys() else default
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, Config):
+        return value.to_dict()
+    return [_lists(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of a field's declared type; an int passes for a float, a bool for neither."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is tuple:
+        element = args[0]
+        return isinstance(value, tuple) and all(_fits(v, element) for v in value)
+    if origin is typing.Literal:
+        return value in args
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+# Fields that transformers 4 wrote into every config.json: settings of text generation, of training and of
+# labels. No forward pass of CLIP reads them.
+GENERIC_METADATA = frozenset(
+    """
+    architectures bad_words_ids begin_suppress_tokens chunk_size_feed_forward decoder_start_token_id
+    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    gradient_checkpointing id2label label2id length_penalty max_length min_length no_repeat_ngram_size
+    num_beam_groups num_beams num_labels num_return_sequences output_scores prefix problem_type
+    remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
+    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
+    tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
+    use_bfloat16 use_cache
+    """.split()
+)
+GENERIC_INERT = {
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "dropout": (0, 0.0),  # a field of 2021 that no released code applied
+    "is_decoder": (False,),
+    "is_encoder_decoder": (False,),
+    "output_attentions": (False,),  # ask in the forward call instead
+    "output_hidden_states": (False,),
+    "pruned_heads": ({}, None),
+}
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig(Config):
+    """The text tower. Defaults: OpenAI's ViT-B/32. `from_dict` also takes the config of a whole CLIP model."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512  # D, width of the residual stream
+    intermediate_size: int = 2048  # width inside the MLP, 4 D in every released model
+    projection_dim: int | None = 512  # E, width of the space shared with pictures
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77  # most tokens of a text
+    hidden_act: str = "quick_gelu"  # "gelu" in OpenCLIP's own models; a wrong one fails silently
+    layer_norm_eps: float = 1e-5
+    attention_dropout: float = 0.0  # in training only
+    initializer_range: float = 0.02
+    initializer_factor: float = 1.0
+    pad_token_id: int | None = 1  # upstream's default, not the tokenizer's pad (49407); the tower never reads it
+    bos_token_id: int | None = 49406
+    eos_token_id: int | None = 49407  # 2 selects the old pooling rule: position of the largest id
+
+    inert: ClassVar[dict[str, tuple]] = {**GENERIC_INERT, "model_type": ("clip_text_model", "clip")}
+    metadata: ClassVar[frozenset[str]] = GENERIC_METADATA
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "config") -> CLIPTextConfig:
+        if "text_config" in values or "text_config_dict" in values:
+            return CLIPConfig.from_dict(values, source).text_config
+        return super().from_dict(values, source)
+
+    def __post_init__(self) -> None:
+        _check_tower(self)
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig(Config):
+    """The picture tower, a ViT. Defaults: ViT-B/32. `from_dict` also takes the config of a whole CLIP model."""
+
+    hidden_size: int = 768  # D
+    intermediate_size: int = 3072
+    projection_dim: int | None = 512  # E
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224  # height and width in pixels
+    patch_size: int = 32  # pixels
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    initializer_factor: float = 1.0
+
+    inert: ClassVar[dict[str, tuple]] = {**GENERIC_INERT, "model_type": ("clip_vision_model", "clip")}
+    metadata: ClassVar[frozenset[str]] = GENERIC_METADATA | {"bos_token_id", "eos_token_id", "pad_token_id"}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "config") -> CLIPVisionConfig:
+        if "vision_config" in values or "vision_config_dict" in values:
+            return CLIPConfig.from_dict(values, source).vision_config
+        return super().from_dict(values, source)
+
+    def __post_init__(self) -> None:
+        _check_tower(self)
+        if not 0 < self.patch_size <= self.image_size:
+            raise ConfigError(f"patch_size = {self.patch_size} does not fit into image_size = {self.image_size}")
+
+
+@dataclass(frozen=True)
+class CLIPConfig(Config):
+    """Both towers. `CLIPConfig(text_config={...}, vision_config={...})`; each may be a dict or a config."""
+
+    text_config: CLIPTextConfig = field(default_factory=CLIPTextConfig)
+    vision_config: CLIPVisionConfig = field(default_factory=CLIPVisionConfig)
+    projection_dim: int = 512  # E; this one counts, not the towers' own
+    logit_scale_init_value: float = 2.6592  # log of the inverse temperature; ln(1 / 0.07) rounded by upstream
+    initializer_factor: float = 1.0
+
+    inert: ClassVar[dict[str, tuple]] = {**GENERIC_INERT, "model_type": ("clip",)}
+    metadata: ClassVar[frozenset[str]] = GENERIC_METADATA | {"bos_token_id", "eos_token_id", "pad_token_id"}
+
+    def __post_init__(self) -> None:
+        for name, kind in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                object.__setattr__(self, name, kind.from_dict(value or {}, source=name))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "config") -> CLIPConfig:
+        values = dict(values)
+        for name, kind in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
+            values[name] = _read_tower(kind, values.get(name), values.pop(f"{name}_dict", None), f"{source}: {name}")
+        return super().from_dict(values, source)
+
+
+def _read_tower(kind: type, values: Any, legacy: Any, source: str) -> Config:
+    """One tower of a CLIP config. The legacy `*_config_dict` wins, its defaults included, as upstream has it."""
+    for given in (values, legacy):
+        if not isinstance(given, (dict, kind, type(None))):
+            raise ConfigError(f"{source} = {given!r} is not an object")
+    if isinstance(values, kind) and legacy is None:
+        return values
+    read = dict(values or {})
+    if legacy is not None:
+        read = {**read, **kind.from_dict(legacy, f"{source}_dict").to_dict()}
+    return kind.from_dict(read, source)
+
+
+def _check_tower(config: Config) -> None:
+    width, heads = config.hidden_size, config.num_attention_heads
+    if width < 1 or heads < 1 or width % heads:
+        raise ConfigError(f"hidden_size = {width} is not a multiple of num_attention_heads = {heads}")
+    if config.hidden_act not in ACTIVATIONS:
+        raise ConfigError(f"hidden_act = {config.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}")

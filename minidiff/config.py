@@ -1,0 +1,135 @@
+"""The UNet's config: diffusers' field names, defaults and JSON. Schedulers and the VAE keep theirs beside their maths.
+
+Read first of minidiff; then ddpm.py or embeddings.py. Mirrors: diffusers' UNet2DConditionModel.__init__.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from miniclip.config import Config, ConfigError
+
+# Whether a level attends: an exact table keyed by upstream's block names.
+DOWN_ATTENDS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
+UP_ATTENDS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
+MID_ATTENDS = {"UNetMidBlock2D": False, "UNetMidBlock2DCrossAttn": True, None: False}  # None: no middle at all
+
+Layers = int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class UNet2DConditionConfig(Config):
+    sample_size: int | tuple[int, ...] | None = None  # the usual H and W; any size runs
+    in_channels: int = 4                        # 9 for inpainting, 8 for InstructPix2Pix
+    out_channels: int = 4
+    center_input_sample: bool = False           # map inputs from [0, 1] to [-1, 1] first
+    flip_sin_to_cos: bool = True                # cosines first in the timestep embedding
+    freq_shift: int | float = 0
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    only_cross_attention: bool | tuple[bool, ...] = False   # attn1 looks at the text too (the x4 upscaler)
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int | tuple[int, ...] = 2             # resnets on each way down; one more on the way up
+    downsample_padding: int = 1
+    mid_block_scale_factor: int | float = 1     # divides the middle resnets' sums
+    dropout: float = 0.0                        # in the resnets only, as upstream
+    act_fn: Literal["silu", "swish", "mish", "gelu", "relu"] = "silu"
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int | tuple[int, ...] = 1280       # width of encoder_hidden_states, per level if a tuple
+    transformer_layers_per_block: int | tuple[Layers, ...] = 1
+    reverse_transformer_layers_per_block: tuple[Layers, ...] | None = None  # given in the order of the way up
+    encoder_hid_dim: int | None = None          # width of the text before encoder_hid_proj
+    encoder_hid_dim_type: Literal["text_proj"] | None = None
+    attention_head_dim: int | tuple[int, ...] = 8           # upstream's misnomer: the COUNT of heads
+    use_linear_projection: bool = False
+    class_embed_type: Literal["timestep", "identity", "projection", "simple_projection"] | None = None
+    addition_embed_type: Literal["text_time"] | None = None     # SDXL: pooled text and sizes
+    addition_time_embed_dim: int | None = None
+    num_class_embeds: int | None = None
+    upcast_attention: bool = False              # no effect on the fused attention, here as upstream
+    time_cond_proj_dim: int | None = None       # LCM's guidance embedding
+    projection_class_embeddings_input_dim: int | None = None
+    class_embeddings_concat: bool = False       # AudioLDM: beside the time embedding, not added to it
+
+    inert: ClassVar[dict[str, tuple]] = {
+        "num_attention_heads": (None,),
+        "dual_cross_attention": (False, None),
+        "resnet_time_scale_shift": ("default",),
+        "resnet_skip_time_act": (False, None),
+        "resnet_out_scale_factor": (1.0, 1, None),
+        "time_embedding_type": ("positional",),
+        "time_embedding_dim": (None,),
+        "time_embedding_act_fn": (None,),
+        "timestep_post_act": (None,),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+        "attention_type": ("default",),
+        "mid_block_only_cross_attention": (None, False),
+        "cross_attention_norm": (None,),
+        "addition_embed_type_num_heads": (64, None),
+    }
+
+    def __post_init__(self) -> None:
+        levels = len(self.down_block_types)
+        _known("down_block_types", self.down_block_types, DOWN_ATTENDS)
+        _known("up_block_types", self.up_block_types, UP_ATTENDS)
+        _known("mid_block_type", (self.mid_block_type,), MID_ATTENDS)
+        for name in ("up_block_types", "block_out_channels", "only_cross_attention", "attention_head_dim",
+                     "cross_attention_dim", "layers_per_block", "transformer_layers_per_block"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != levels:
+                raise ConfigError(f"{name} = {value} has {len(value)} entries for {levels} down_block_types")
+        self._check_numbers()
+        self._check_conditions()
+
+    def _check_numbers(self) -> None:
+        for name in ("in_channels", "out_channels", "norm_num_groups", "layers_per_block", "attention_head_dim",
+                     "block_out_channels", "cross_attention_dim"):
+            if any(n < 1 for n in _flat(getattr(self, name))):
+                raise ConfigError(f"{name} = {getattr(self, name)} must be at least 1")
+        for i, channels in enumerate(self.block_out_channels):
+            if channels % self.norm_num_groups != 0:
+                raise ConfigError(f"norm_num_groups = {self.norm_num_groups} does not divide "
+                                  f"block_out_channels[{i}] = {channels}")
+            if self.attends(i) and channels % self.per_level("attention_head_dim")[i] != 0:
+                heads = self.per_level("attention_head_dim")[i]
+                raise ConfigError(f"attention_head_dim = {heads} (a count of heads) does not divide "
+                                  f"block_out_channels[{i}] = {channels}")
+
+    def _check_conditions(self) -> None:
+        asymmetric = any(isinstance(n, tuple) for n in self.per_level("transformer_layers_per_block"))
+        if asymmetric and self.reverse_transformer_layers_per_block is None:
+            raise ConfigError("a nested transformer_layers_per_block needs reverse_transformer_layers_per_block")
+        if self.encoder_hid_dim_type is not None and self.encoder_hid_dim is None:
+            raise ConfigError(f"encoder_hid_dim_type = {self.encoder_hid_dim_type!r} needs encoder_hid_dim")
+        for field, value in (("class_embed_type", self.class_embed_type),
+                             ("addition_embed_type", self.addition_embed_type)):
+            if value in ("projection", "simple_projection", "text_time") and \
+                    self.projection_class_embeddings_input_dim is None:
+                raise ConfigError(f"{field} = {value!r} needs projection_class_embeddings_input_dim")
+        if self.addition_embed_type is not None and self.addition_time_embed_dim is None:
+            raise ConfigError("addition_embed_type = 'text_time' needs addition_time_embed_dim")
+
+    def attends(self, level: int) -> bool:
+        """Whether a level attends on its way down, its way up, or in the middle below it."""
+        last = len(self.down_block_types) - 1
+        return (DOWN_ATTENDS[self.down_block_types[level]] or UP_ATTENDS[self.up_block_types[last - level]]
+                or (level == last and MID_ATTENDS[self.mid_block_type]))
+
+    def per_level(self, name: str) -> tuple[Any, ...]:
+        """A field's values from the top level down, one number standing for all levels."""
+        value = getattr(self, name)
+        return value if isinstance(value, tuple) else (value,) * len(self.down_block_types)
+
+
+def _known(field: str, names: tuple, table: dict) -> None:
+    for name in names:
+        if name not in table:
+            raise ConfigError(f"{field}: unknown block {name!r}; known are {', '.join(map(str, table))}")
+
+
+def _flat(value: Any) -> tuple:
+    return value if isinstance(value, tuple) else (value,)

@@ -1,0 +1,218 @@
+"""What all samplers share: the noise schedule, the spacings of timesteps, noising, reading and writing their config.
+
+Read after config.py, before ddpm.py. Papers: Ho 2020 (DDPM), Nichol 2021 (the cosine schedule), Lin 2023
+(spacings; zero terminal SNR, Algorithm 1), Salimans 2022 (v), Saharia 2022 (dynamic thresholding).
+Mirrors: diffusers' scheduling_utils.py and the parts that its scheduler files repeat.
+Symbols: beta_t, alpha_t = 1 - beta_t, alpha_bar_t = their product up to t; x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from miniclip.config import Config, ConfigError
+from miniclip.weights import read_json, write_json
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+# Fields of some sampler of the family. A sampler that does not have one carries it along unread, so that
+# `EulerDiscreteScheduler.from_config(pndm.config)` works as upstream; any other unknown field is an error.
+FAMILY_FIELDS = frozenset("""
+    algorithm_type beta_end beta_schedule beta_start clip_sample clip_sample_range dynamic_shifting
+    dynamic_thresholding_ratio euler_at_final final_sigmas_type flow_shift interpolation_type lambda_min_clipped
+    lower_order_final num_train_timesteps original_inference_steps prediction_type rescale_betas_zero_snr
+    sample_max_value set_alpha_to_one sigma_max sigma_min skip_prk_steps solver_order solver_type steps_offset
+    thresholding time_shift_type timestep_scaling timestep_spacing timestep_type trained_betas use_beta_sigmas
+    use_dynamic_shifting use_exponential_sigmas use_flow_sigmas use_karras_sigmas use_lu_lambdas
+    variance_type""".split())
+
+
+@dataclass(frozen=True)
+class ScheduleConfig(Config):
+    """Fields common to all samplers. `given` remembers what was set explicitly: defaults do not travel."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    trained_betas: tuple[float, ...] | None = None
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+
+    given: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "scheduler") -> ScheduleConfig:
+        own = {f.name for f in fields(cls)} | set(cls.inert)
+        foreign = {k: v for k, v in values.items() if k in FAMILY_FIELDS - own}
+        config = super().from_dict({k: v for k, v in values.items() if k not in foreign}, source)
+        given = {k: v for k, v in values.items() if not k.startswith("_")}
+        object.__setattr__(config, "given", given)  # not a field: two configs with equal fields stay equal
+        return config
+
+    def __post_init__(self) -> None:
+        if self.num_train_timesteps < 1:
+            raise ConfigError(f"num_train_timesteps = {self.num_train_timesteps} must be at least 1")
+        if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
+            raise ConfigError(f"{len(self.trained_betas)} trained_betas for {self.num_train_timesteps} timesteps")
+        if self.trained_betas is None and self.beta_schedule not in BETA_SCHEDULES:
+            raise ConfigError(f"beta_schedule = {self.beta_schedule!r} is not one of {', '.join(BETA_SCHEDULES)}")
+
+
+def linear(c: ScheduleConfig) -> Tensor:
+    return torch.linspace(c.beta_start, c.beta_end, c.num_train_timesteps, dtype=torch.float32)
+
+
+def scaled_linear(c: ScheduleConfig) -> Tensor:
+    """Stable Diffusion's: linear in sqrt(beta)."""
+    return torch.linspace(c.beta_start**0.5, c.beta_end**0.5, c.num_train_timesteps, dtype=torch.float32) ** 2
+
+
+def sigmoid(c: ScheduleConfig) -> Tensor:
+    return torch.sigmoid(torch.linspace(-6, 6, c.num_train_timesteps)) * (c.beta_end - c.beta_start) + c.beta_start
+
+
+def betas_of(alpha_bar: Callable[[float], float], T: int, max_beta: float = 0.999) -> Tensor:
+    """beta_t = 1 - alpha_bar(t) / alpha_bar(t - 1), capped so that the last step stays finite (Nichol 2021, eq. 17)."""
+    return torch.tensor([min(1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), max_beta) for i in range(T)])
+
+
+def cosine(c: ScheduleConfig) -> Tensor:
+    return betas_of(lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2, c.num_train_timesteps)
+
+
+def laplace(c: ScheduleConfig) -> Tensor:
+    """log SNR drawn as a Laplace variable; alpha_bar holds sqrt(snr / (1 + snr)), as upstream."""
+
+    def alpha_bar(t: float) -> float:
+        snr = math.exp(-0.5 * math.copysign(1, 0.5 - t) * math.log(1 - 2 * abs(0.5 - t) + 1e-6))
+        return math.sqrt(snr / (1 + snr))
+
+    return betas_of(alpha_bar, c.num_train_timesteps)
+
+
+BETA_SCHEDULES: dict[str, Callable[[ScheduleConfig], Tensor]] = {
+    "linear": linear, "scaled_linear": scaled_linear, "squaredcos_cap_v2": cosine, "sigmoid": sigmoid,
+    "laplace": laplace,
+}  # fmt: skip
+
+
+def betas(config: ScheduleConfig) -> Tensor:
+    """beta_t for t = 0 .. T-1, float32 [T]."""
+    if config.trained_betas is not None:
+        return torch.tensor(config.trained_betas, dtype=torch.float32)
+    return BETA_SCHEDULES[config.beta_schedule](config)
+
+
+def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """The schedule shifted and stretched so that x_T is pure noise (Lin 2023, Algorithm 1)."""
+    root = torch.cumprod(1.0 - betas, dim=0).sqrt()
+    first, last = root[0].clone(), root[-1].clone()
+    root = (root - last) * (first / (first - last))
+    alpha_bar = root**2
+    alphas = torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+    return 1 - alphas
+
+
+def spaced_timesteps(spacing: str, steps: int, T: int, offset: int) -> list[int]:
+    """`steps` of the T training timesteps, from high to low (Lin 2023, table 2). Python rounds halves to even."""
+    if spacing == "linspace":
+        stride = (T - 1) / (steps - 1) if steps > 1 else 0.0
+        return [round(i * stride) for i in range(steps)][::-1]
+    if spacing == "leading":
+        return [i * (T // steps) + offset for i in range(steps)][::-1]
+    stride = T - (T - T / steps)  # as numpy's arange accumulates a float stride
+    return [round(T - i * stride) - 1 for i in range(steps)]  # trailing
+
+
+def randn(shape: torch.Size | tuple[int, ...], generator: Generators, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Gaussian noise. A CPU generator draws on the CPU, so one seed gives one picture on every device.
+
+    A list holds one generator for each picture of the batch.
+    """
+    if isinstance(generator, list):
+        if len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators for a batch of {shape[0]}")
+        return torch.cat([randn((1, *shape[1:]), g, device, dtype) for g in generator])
+    source = device if generator is None else generator.device
+    return torch.randn(shape, generator=generator, device=source, dtype=dtype).to(device)
+
+
+def threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
+    """Dynamic thresholding (Saharia 2022, section 2.3): clip to a quantile s of |x0| per picture, divide by s."""
+    flat = x0.flatten(1)
+    flat = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
+    s = torch.quantile(flat.abs(), ratio, dim=1).clamp(min=1, max=max_value)[:, None]
+    return (flat.clamp(-s, s) / s).reshape(x0.shape).to(x0.dtype)
+
+
+class Scheduler:
+    """Base of the samplers: config in and out, the tables, and the forward process.
+
+    Built from its config or from the config's fields. The tables `betas`, `alphas`, `alphas_cumprod` [T] are float32
+    on the CPU. Nothing here is a module: no training or EMA step can touch the tables.
+    """
+
+    config_class: ClassVar[type[ScheduleConfig]] = ScheduleConfig
+    order = 1
+    init_noise_sigma: float | Tensor = 1.0
+
+    def __init__(self, config: ScheduleConfig | None = None, **fields: Any):
+        self.config = config or self.config_class.from_dict(fields, type(self).__name__)
+        self.betas = betas(self.config)
+        if self.config.get("rescale_betas_zero_snr"):
+            self.betas = rescale_zero_terminal_snr(self.betas)
+        self.alphas = 1.0 - self.betas
+        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.arange(self.config.num_train_timesteps).flip(0)
+
+    @classmethod
+    def from_config(cls, config: ScheduleConfig | dict[str, Any], **overrides: Any) -> Scheduler:
+        """A sampler from another sampler's config; only what was set explicitly there is taken over."""
+        values = config.given if isinstance(config, ScheduleConfig) else dict(config)
+        return cls(cls.config_class.from_dict({**values, **overrides}, cls.__name__))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, subfolder: str = "", **overrides: Any) -> Scheduler:
+        """Reads `scheduler_config.json` in a local folder, whichever sampler wrote it."""
+        source = os.path.join(os.fspath(folder), subfolder, "scheduler_config.json")
+        values = {k: v for k, v in read_json(source).items() if not k.startswith("_")}
+        return cls(cls.config_class.from_dict({**values, **overrides}, source))
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes `scheduler_config.json`, readable by diffusers."""
+        os.makedirs(folder, exist_ok=True)
+        head = {"_class_name": type(self).__name__, "_diffusers_version": "0.30.0"}
+        write_json(os.path.join(os.fspath(folder), "scheduler_config.json"), {**head, **self.config.to_dict()})
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor | int | None = None) -> Tensor:
+        return sample
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps (Ho 2020, eq. 4). Pictures [B, ...], timesteps [B]."""
+        signal, sigma = self._signal_and_noise(timesteps, original_samples)
+        return signal * original_samples + sigma * noise
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0 (Salimans 2022, section 4 and appendix D)."""
+        signal, sigma = self._signal_and_noise(timesteps, sample)
+        return signal * noise - sigma * sample
+
+    def _signal_and_noise(self, timesteps: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped to multiply x. Cast first, as upstream: in half
+        precision that rounds 1 - alpha_bar_t, and real checkpoints were trained so."""
+        if timesteps.device.type == "cpu" and not 0 <= int(timesteps.min()) <= int(timesteps.max()) < len(self):
+            raise ValueError(f"timesteps must lie in 0 .. {len(self) - 1}, got {timesteps.flatten()[:8].tolist()}")
+        alpha_bar = self.alphas_cumprod.to(device=x.device, dtype=x.dtype)[timesteps.to(x.device)].flatten()
+        alpha_bar = alpha_bar.reshape(-1, *[1] * (x.ndim - 1))
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
