@@ -165,6 +165,16 @@ class CLIPTextConfig(Config):
             return CLIPConfig.from_dict(values, source).text_config
         return super().from_dict(values, source)
 
+    @classmethod
+    def for_tokenizer(cls, tokenizer: Any, **sizes: Any) -> CLIPTextConfig:
+        """A config that fits a tokenizer: its vocabulary, its special ids, its greatest length; the rest from `sizes`.
+
+        The end token's id decides where a text is read out, so a tokenizer of your own needs a config of its own.
+        """
+        given = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return cls(**{**given, **ids, **sizes})
+
     def __post_init__(self) -> None:
         _check_tower(self)
 
@@ -248,3 +258,29 @@ def _check_tower(config: Config) -> None:
         raise ConfigError(f"hidden_size = {width} is not a multiple of num_attention_heads = {heads}")
     if config.hidden_act not in ACTIVATIONS:
         raise ConfigError(f"hidden_act = {config.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}")
+
+
+@dataclass(frozen=True)
+class CLIPResNetConfig(Config):
+    """OpenAI's CLIP with a ResNet for pictures. Defaults: RN50. No field of it has an upstream JSON name."""
+
+    text_config: CLIPTextConfig = field(default_factory=CLIPTextConfig)
+    vision_layers: tuple[int, ...] = (3, 4, 6, 3)  # blocks in each of the four stages
+    vision_width: int = 64  # channels after the stem; the last stage has 32 times as many
+    image_size: int = 224
+    projection_dim: int = 1024  # E
+    logit_scale_init_value: float = 2.6592
+
+    inert: ClassVar[dict[str, tuple]] = {"model_type": ("clip_resnet",)}
+    metadata: ClassVar[frozenset[str]] = GENERIC_METADATA
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text_config, CLIPTextConfig):
+            object.__setattr__(self, "text_config", CLIPTextConfig.from_dict(self.text_config or {}, "text_config"))
+        if self.image_size % 32 or self.image_size < 32:
+            raise ConfigError(f"image_size = {self.image_size} is not a multiple of 32, by which this ResNet shrinks")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "config") -> CLIPResNetConfig:
+        text = _read_tower(CLIPTextConfig, values.get("text_config"), None, f"{source}: text_config")
+        return super().from_dict({**values, "text_config": text}, source)

@@ -105,6 +105,8 @@ class UNet2DConditionConfig(Config):
             raise ConfigError("a nested transformer_layers_per_block needs reverse_transformer_layers_per_block")
         if self.encoder_hid_dim_type is not None and self.encoder_hid_dim is None:
             raise ConfigError(f"encoder_hid_dim_type = {self.encoder_hid_dim_type!r} needs encoder_hid_dim")
+        if self.encoder_hid_dim is not None and len(set(self.per_level("cross_attention_dim"))) > 1:
+            raise ConfigError(f"encoder_hid_dim projects to one width, cross_attention_dim = {self.cross_attention_dim}")
         for field, value in (("class_embed_type", self.class_embed_type),
                              ("addition_embed_type", self.addition_embed_type)):
             if value in ("projection", "simple_projection", "text_time") and \

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from miniclip.model import ModelOutput
 from minidiff.schedule import Generators, ScheduleConfig, Scheduler, randn, spaced_timesteps, threshold
 
 
@@ -32,14 +33,11 @@ class DDPMConfig(ScheduleConfig):
 
 
 @dataclass
-class DDPMSchedulerOutput:
+class DDPMSchedulerOutput(ModelOutput):
     """x_{t-1} and the x0 predicted on the way, as attributes, keys or indices."""
 
     prev_sample: Tensor
     pred_original_sample: Tensor
-
-    def __getitem__(self, key: str | int) -> Tensor:
-        return getattr(self, key) if isinstance(key, str) else (self.prev_sample, self.pred_original_sample)[key]
 
 
 class DDPMScheduler(Scheduler):

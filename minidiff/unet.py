@@ -29,17 +29,15 @@ from minidiff.attention import Transformer2DModel
 from minidiff.config import DOWN_ATTENDS, MID_ATTENDS, UP_ATTENDS, UNet2DConditionConfig
 from minidiff.embeddings import ACTIVATIONS, TimestepEmbedding, Timesteps
 from minidiff.resnet import Downsample2D, ResnetBlock2D, Upsample2D
+from miniclip.model import ModelOutput
 from miniclip.weights import ModelFolder
 
 
 @dataclass
-class UNet2DConditionOutput:
+class UNet2DConditionOutput(ModelOutput):
     """The prediction [B, out_channels, H, W] as `.sample`, `["sample"]` or `[0]`."""
 
     sample: Tensor
-
-    def __getitem__(self, key: str | int) -> Tensor:
-        return getattr(self, key) if isinstance(key, str) else (self.sample,)[key]
 
 
 class Block(nn.Module):
@@ -145,7 +143,7 @@ class UNet2DConditionModel(ModelFolder, nn.Module):
         self.class_embedding = self._class_embedding(E)
         if c.addition_embed_type == "text_time":
             self.add_time_proj = Timesteps(c.addition_time_embed_dim, c.flip_sin_to_cos, c.freq_shift)
-            self.add_embedding = TimestepEmbedding(c.projection_class_embeddings_input_dim, E, c.act_fn)
+            self.add_embedding = TimestepEmbedding(c.projection_class_embeddings_input_dim, E)   # silu, whatever act_fn
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()     # up before mid: upstream's order
         self._build_levels(temb_channels=2 * E if c.class_embeddings_concat else E)
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, top, c.norm_eps)

@@ -1,0 +1,560 @@
+"""Weight files and model folders: safetensors, pickles, shards, strict loading. The one parser of untrusted files.
+
+Read after config.py; it knows no model. Every model that reads or writes a folder inherits from `ModelFolder`.
+Source: the format description in the safetensors repository; folder layouts as diffusers and transformers write them.
+Mirrors: diffusers/models/modeling_utils.py, model_loading_utils.py; safetensors/torch.py; its tensor.rs for the checks.
+Legend: a safetensors file is [8 bytes: n, little-endian][n bytes: JSON header][data]; offsets count from the data's start.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import mmap as mmap_module
+import os
+import re
+import secrets
+import stat
+import struct
+import sys
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from miniclip.config import Config
+
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
+MAX_JSON_BYTES = 32 * 2**20  # config and index files
+MAX_JSON_COMMAS = 2_000_000  # bounds the number of Python objects that a hostile JSON text can make
+MAX_DIMS = 32
+ERRORS_SHOWN = 5  # names listed per kind of mismatch before "and N more"
+
+# In the order of safetensors' own Dtype enum: its writer sorts by it, descending, and so do we.
+DTYPES = {
+    name: getattr(torch, torch_name)
+    for name, torch_name in (
+        ("BOOL", "bool"), ("U8", "uint8"), ("I8", "int8"),
+        ("F8_E5M2", "float8_e5m2"), ("F8_E4M3", "float8_e4m3fn"),
+        ("F8_E4M3FNUZ", "float8_e4m3fnuz"), ("F8_E5M2FNUZ", "float8_e5m2fnuz"),
+        ("I16", "int16"), ("U16", "uint16"), ("F16", "float16"), ("BF16", "bfloat16"),
+        ("I32", "int32"), ("U32", "uint32"), ("F32", "float32"), ("C64", "complex64"),
+        ("F64", "float64"), ("I64", "int64"), ("U64", "uint64"),
+    )
+    if hasattr(torch, torch_name)  # older torch lacks some
+}  # fmt: skip
+NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class WeightsError(ValueError):
+    """A file that cannot be honoured. One line that names the file, the tensor or field, and the value."""
+
+
+# ---- JSON -----------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads a JSON object from a file of at most 32 MiB. Raises WeightsError; a byte order mark is forgiven."""
+    path = _name(path)
+    with _open(path) as file:
+        raw = file.read(MAX_JSON_BYTES + 1)
+    if len(raw) > MAX_JSON_BYTES:
+        raise WeightsError(f"{path}: a JSON file of more than {MAX_JSON_BYTES} bytes is refused")
+    return _parse_json(raw.removeprefix(b"\xef\xbb\xbf"), path)
+
+
+def write_json(path: str | os.PathLike, values: dict[str, Any]) -> None:
+    """Writes a JSON object, keys in the order given, UTF-8, atomically."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+
+
+def _parse_json(raw: bytes, source: str) -> dict[str, Any]:
+    """Strict JSON in bounded time and memory: UTF-8, no key twice, no deep nesting, no huge numbers, one object."""
+    if raw.count(b",") > MAX_JSON_COMMAS:
+        raise WeightsError(f"{source}: JSON with more than {MAX_JSON_COMMAS} elements is refused")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in values if names.count(name) > 1)
+            raise WeightsError(f"{source}: the key {_short(twice)} appears twice")
+        return values
+
+    def bounded(digits: str) -> int:
+        if len(digits) > 20:  # 2**64 has 20 digits
+            raise WeightsError(f"{source}: the number {digits[:20]}... is too large")
+        return int(digits)
+
+    try:
+        values = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_int=bounded)
+    except UnicodeDecodeError as error:
+        raise WeightsError(f"{source}: not UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise WeightsError(f"{source}: JSON nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise WeightsError(f"{source}: not JSON: {error.msg} at character {error.pos}") from None
+    if not isinstance(values, dict):
+        raise WeightsError(f"{source}: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Gives a binary file that replaces `path` when the block ends well; otherwise `path` stays as it was.
+
+    The bytes go to a temporary name in the same folder and reach the disk (fsync) before the rename.
+    """
+    path = _name(path)
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{name[:40]}.{secrets.token_hex(6)}.tmp")
+    try:
+        try:
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            if os.path.lexists(temporary):
+                os.unlink(temporary)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _open(path: str) -> BinaryIO:
+    """Opens a regular file for reading: a folder, a pipe or a device is refused before it can block."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise WeightsError(f"{path}: not a regular file")
+        return open(path, "rb")
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except ValueError as error:  # a NUL byte in the name; WeightsError passes through
+        raise error if isinstance(error, WeightsError) else WeightsError(f"{path!r}: {error}") from None
+
+
+def _name(path: str | os.PathLike) -> str:
+    return os.fsdecode(path)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# ---- safetensors ----------------------------------------------------------------------------------------------------
+
+
+def load_file(path: str | os.PathLike, mmap: bool = os.name != "nt") -> dict[str, Tensor]:
+    """Reads a safetensors file. Tensors come in the order of their bytes in the file.
+
+    With `mmap` they are copy-on-write views of the file: nothing is read until it is touched, and writing to a tensor
+    changes memory only. Where mapping fails, and on Windows (a mapped file cannot be replaced there), they are read.
+    Raises WeightsError for whatever is not exactly a safetensors file.
+    """
+    path = _name(path)
+    _refuse_big_endian(path)
+    with _open(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        start, entries = _read_header(file, size, path)
+        mapping = _map(file) if mmap and size > start else None
+        file.seek(start)
+        try:
+            return {
+                name: _mapped_tensor(mapping, start + begin, dtype, shape)
+                if mapping is not None
+                else _read_tensor(file, dtype, shape, path)
+                for name, dtype, shape, begin, _ in entries
+            }
+        except (MemoryError, RuntimeError) as error:
+            raise WeightsError(f"{path}: cannot be loaded: {error}") from None
+
+
+def _read_header(file: BinaryIO, size: int, path: str) -> tuple[int, list[tuple]]:
+    """Where the data begins, and (name, dtype, shape, begin, end) of each tensor in the order of the data."""
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        raise WeightsError(f"{path}: {size} bytes are too few for a safetensors file")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > min(MAX_HEADER_BYTES, size - 8):
+        raise WeightsError(f"{path}: header length {length} does not fit (file {size} bytes, at most {MAX_HEADER_BYTES})")
+    raw = file.read(length)
+    if raw[:1] != b"{" or len(raw) < length:
+        raise WeightsError(f"{path}: not a safetensors file, the header does not begin with '{{' or is cut off")
+    return 8 + length, check_header(_parse_json(raw, path), size - 8 - length, path)
+
+
+def check_header(header: dict[str, Any], data_bytes: int, source: str) -> list[tuple]:
+    """Holds a parsed header against the format: every tensor well-formed, and the tensors tile the data exactly."""
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise WeightsError(f"{source}: __metadata__ must map strings to strings")
+    entries = sorted((_entry(name, info, source) for name, info in header.items()), key=lambda entry: entry[3:])
+    expected = 0
+    for name, _, _, begin, end in entries:
+        if begin != expected:
+            problem = "overlaps the tensor before it" if begin < expected else "leaves a hole before it"
+            raise WeightsError(f"{source}: tensor {_short(name)} at bytes {begin}:{end} {problem} ({expected})")
+        expected = end
+    if expected != data_bytes:
+        raise WeightsError(f"{source}: the tensors end at byte {expected}, the data at {data_bytes}: cut off or padded")
+    return entries
+
+
+def _entry(name: str, info: Any, source: str) -> tuple[str, torch.dtype, list[int], int, int]:
+    """One tensor of the header, checked by itself."""
+    where = f"{source}: tensor {_short(name)}"
+    if not isinstance(info, dict) or set(info) != {"dtype", "shape", "data_offsets"}:
+        raise WeightsError(f"{where}: expected dtype, shape and data_offsets, got {_short(info)}")
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise WeightsError(f"{where}: dtype {_short(dtype)} is not one of {', '.join(DTYPES)}")
+    if not _naturals(shape) or len(shape) > MAX_DIMS or math.prod(n or 1 for n in shape) >= 2**48:
+        raise WeightsError(f"{where}: shape {_short(shape)} is not one that a tensor can have")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise WeightsError(f"{where}: data_offsets {_short(offsets)} is not a pair begin <= end")
+    begin, end = offsets
+    if math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
+        raise WeightsError(f"{where}: {dtype} of shape {_short(shape)} does not take {end - begin} bytes")
+    return name, DTYPES[dtype], shape, begin, end
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def _map(file: BinaryIO) -> mmap_module.mmap | None:
+    try:
+        return mmap_module.mmap(file.fileno(), 0, access=mmap_module.ACCESS_COPY)
+    except (OSError, ValueError, MemoryError):
+        return None
+
+
+def _mapped_tensor(mapping: mmap_module.mmap, offset: int, dtype: torch.dtype, shape: list[int]) -> Tensor:
+    count = math.prod(shape)
+    if count == 0:  # frombuffer refuses empty
+        return torch.empty(shape, dtype=dtype)
+    if offset % dtype.itemsize:  # unaligned: the kernels may not read it in place
+        unaligned = bytearray(mapping[offset : offset + count * dtype.itemsize])
+        return torch.frombuffer(unaligned, dtype=dtype).view(shape)
+    return torch.frombuffer(mapping, dtype=dtype, count=count, offset=offset).view(shape)
+
+
+def _read_tensor(file: BinaryIO, dtype: torch.dtype, shape: list[int], path: str) -> Tensor:
+    content = bytearray(math.prod(shape) * dtype.itemsize)
+    if file.readinto(content) != len(content):
+        raise WeightsError(f"{path}: cut off while it was being read")
+    return torch.frombuffer(content, dtype=dtype).view(shape) if content else torch.empty(shape, dtype=dtype)
+
+
+def save_file(tensors: dict[str, Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file, atomically; equal tensors give equal bytes, whatever their order in the dict.
+
+    Views and tensors that share memory are written out in full, each under its name. Raises WeightsError for a tensor
+    that has no plain bytes (meta, sparse, quantized) or a dtype the format lacks.
+    """
+    path = _name(path)
+    _refuse_big_endian(path)
+    for name, tensor in tensors.items():
+        _check_writable(name, tensor, path)
+    rank = {dtype: -i for i, dtype in enumerate(DTYPES.values())}  # wide types first keeps every tensor aligned
+    names = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name in names:
+        begin, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        info = {"dtype": NAME_OF_DTYPE[tensors[name].dtype], "shape": list(tensors[name].shape)}
+        header[name] = {**info, "data_offsets": [begin, end]}
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    raw += b" " * (-len(raw) % 8)
+    with atomic_write(path) as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        for name in names:
+            _write_bytes(file, tensors[name])
+
+
+def _check_writable(name: Any, tensor: Any, path: str) -> None:
+    if not isinstance(name, str) or name == "__metadata__" or not isinstance(tensor, Tensor):
+        raise WeightsError(f"{path}: {_short(name)} -> {type(tensor).__name__} is not a named tensor")
+    if tensor.is_meta or tensor.layout is not torch.strided or tensor.dtype not in NAME_OF_DTYPE:
+        kind = "on the meta device" if tensor.is_meta else f"{tensor.layout} of {tensor.dtype}"
+        raise WeightsError(f"{path}: tensor {_short(name)} cannot be written: it is {kind}")
+
+
+def _write_bytes(file: BinaryIO, tensor: Tensor) -> None:
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    count = tensor.numel() * tensor.element_size()
+    if count:
+        file.write(memoryview((ctypes.c_char * count).from_address(tensor.data_ptr())))
+
+
+def _refuse_big_endian(path: str) -> None:
+    if sys.byteorder != "little":
+        raise WeightsError(f"{path}: safetensors files are little-endian, this machine is {sys.byteorder}-endian")
+
+
+# ---- pickles --------------------------------------------------------------------------------------------------------
+
+
+def load_pickle(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Reads the tensors of a .bin, .pt or .ckpt file; a dict under the key "state_dict" is taken as the content.
+
+    Only torch's weights_only reader is used: code inside a pickle is never run. Raises WeightsError.
+    """
+    path = _name(path)
+    with _open(path) as file:
+        size = os.fstat(file.fileno()).st_size
+    is_zip = zipfile.is_zipfile(path)
+    try:
+        if is_zip and sum(entry.file_size for entry in zipfile.ZipFile(path).infolist()) > size:
+            raise WeightsError(f"{path}: the archive claims to hold more than its own {size} bytes")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip and os.name != "nt")
+    except WeightsError:
+        raise
+    except Exception as error:  # the reader raises many kinds; none of them may pass as anything else
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        raise WeightsError(
+            f"{path}: not a plain pickle of tensors; code in pickles is never run, so convert it to safetensors ({reason})"
+        ) from None
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    return _plain_tensors(content, path)
+
+
+def _plain_tensors(content: Any, path: str) -> dict[str, Tensor]:
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: expected a dict of tensors, got {type(content).__name__}")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+            raise WeightsError(f"{path}: {_short(name)} is a {type(tensor).__name__}, not a dense tensor")
+        if tensor.is_meta:
+            raise WeightsError(f"{path}: tensor {_short(name)} has no data")
+    return {name: tensor.detach() for name, tensor in content.items()}
+
+
+# ---- folders --------------------------------------------------------------------------------------------------------
+
+
+def load_folder(folder: str | os.PathLike, stem: str, variant: str | None = None) -> dict[str, Tensor]:
+    """Reads the weights of a model folder: index of shards, else one safetensors file, else one pickle.
+
+    stem: "diffusion_pytorch_model" (diffusers) or "model" (transformers, whose pickles say "pytorch_model").
+    variant: e.g. "fp16", read from `<stem>.fp16.safetensors` and `<stem>.safetensors.index.fp16.json`.
+    """
+    folder = _name(folder)
+    if not os.path.isdir(folder):
+        raise WeightsError(f"{folder}: no such folder")
+    pickle_stem = "pytorch_model" if stem == "model" else stem
+    dot = f".{variant}" if variant else ""
+    indices = [f"{s}.{kind}.index{dot}.json" for s, kind in ((stem, "safetensors"), (pickle_stem, "bin"))]
+    single = [f"{stem}{dot}.safetensors", f"{pickle_stem}{dot}.bin"]
+    older = [f"{stem}.safetensors{dot}.index.json"] if variant else []
+    for name in [indices[0], *older, single[0], indices[1], single[1]]:
+        path = os.path.join(folder, name)
+        if os.path.lexists(path):
+            return _load_shards(folder, name) if name.endswith(".json") else _load_any(path)
+    tried = ", ".join([*indices[:1], *single])
+    raise WeightsError(f"Error no file named {single[1]} found in directory {folder} (looked for {tried})")
+
+
+def _load_any(path: str) -> dict[str, Tensor]:
+    return load_file(path) if path.endswith(".safetensors") else load_pickle(path)
+
+
+def _load_shards(folder: str, index: str) -> dict[str, Tensor]:
+    """All shards that an index names. They must lie in the folder itself and hold exactly what the index says."""
+    path = os.path.join(folder, index)
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise WeightsError(f"{path}: weight_map is missing")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", file, re.ASCII):
+            raise WeightsError(f"{path}: weight_map[{_short(tensor)}] = {_short(file)} is not a weight file in this folder")
+    state_dict: dict[str, Tensor] = {}
+    for file in dict.fromkeys(weight_map.values()):
+        shard = _load_any(os.path.join(folder, file))
+        for tensor in shard:
+            if weight_map.get(tensor) != file:
+                raise WeightsError(f"{path}: {file} holds {_short(tensor)}, which the index does not place there")
+        state_dict.update(shard)
+    if missing := [tensor for tensor in weight_map if tensor not in state_dict]:
+        raise WeightsError(f"{path}: the shards lack {_listed(missing)}")
+    return state_dict
+
+
+def _save_shards(
+    state_dict: dict[str, Tensor], folder: str, stem: str, variant: str | None, max_shard_size: int
+) -> None:
+    """One file, or shards and their index; then what an earlier, differently sharded save left is removed."""
+    dot = f".{variant}" if variant else ""
+    index = f"{stem}.safetensors.index{dot}.json"
+    shards = _split(state_dict, max_shard_size)
+    files = [f"{stem}{dot}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        files = [f"{stem}{dot}.safetensors"]
+    for file, names in zip(files, shards):
+        save_file({name: state_dict[name] for name in names}, os.path.join(folder, file), {"format": "pt"})
+    if len(shards) > 1:
+        total = sum(tensor.numel() * tensor.element_size() for tensor in state_dict.values())
+        weight_map = {name: file for file, names in zip(files, shards) for name in names}
+        write_json(os.path.join(folder, index), {"metadata": {"total_size": total}, "weight_map": weight_map})
+    shard_name = re.compile(re.escape(stem + dot) + r"-\d{5}-of-\d{5}\.safetensors")
+    keep = [*files, index] if len(shards) > 1 else files
+    for name in os.listdir(folder):
+        ours = name in (index, f"{stem}{dot}.safetensors") or shard_name.fullmatch(name)
+        if ours and name not in keep:
+            os.unlink(os.path.join(folder, name))
+
+
+def _split(state_dict: dict[str, Tensor], max_shard_size: int) -> list[list[str]]:
+    """Names in order, cut where the next tensor would pass the size; a larger tensor gets a shard of its own."""
+    shards: list[list[str]] = [[]]
+    room = max_shard_size
+    for name, tensor in state_dict.items():
+        size = tensor.numel() * tensor.element_size()
+        if shards[-1] and size > room:
+            shards.append([])
+            room = max_shard_size
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+def load_strict(model: nn.Module, state_dict: dict[str, Tensor], source: str, ignore: Iterable[str] = ()) -> None:
+    """Gives a model its tensors, all or none: one WeightsError lists missing, unexpected and mis-shaped tensors.
+
+    ignore: names, or last parts of names, that a file may hold without use, e.g. "position_ids".
+    A model on the meta device takes the tensors themselves, cast to its dtypes; another model copies them.
+    """
+    ignore = tuple(ignore)
+    wanted = model.state_dict()
+    unused = [name for name in state_dict if name not in wanted]
+    unexpected = [name for name in unused if not any(name == i or name.endswith("." + i) for i in ignore)]
+    missing = [name for name in wanted if name not in state_dict]
+    shapes = [
+        f"{name} {list(state_dict[name].shape)} for {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in state_dict and state_dict[name].shape != tensor.shape
+    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    if problems := [f"{len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names]:
+        raise WeightsError(f"{source}: tensors do not fit {type(model).__name__}: {'; '.join(problems)}")
+    on_meta = any(tensor.is_meta for tensor in wanted.values())
+    taken = {name: state_dict[name].to(tensor.dtype) for name, tensor in wanted.items()}
+    model.load_state_dict(taken, assign=on_meta)
+    _refuse_meta(model, source)
+
+
+def _refuse_meta(model: nn.Module, source: str) -> None:
+    empty = [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    if empty:
+        raise WeightsError(f"{source}: {type(model).__name__} keeps tensors that no file fills: {_listed(empty)}")
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(name if len(name) <= 120 and name.isprintable() else _short(name) for name in names[:ERRORS_SHOWN])
+    return shown + (f" and {len(names) - ERRORS_SHOWN} more" if len(names) > ERRORS_SHOWN else "")
+
+
+class ModelFolder:
+    """Mixin for nn.Modules that live in a folder: `config.json` beside the weights, as upstream writes it.
+
+    A subclass sets `config_class`, takes a config as its constructor's first argument, and keeps it as `self.config`.
+    Constructors may hold no buffer outside the state dict: models are built on the meta device before loading.
+    """
+
+    config_class: ClassVar[type[Config]]
+    weights_stem: ClassVar[str] = "diffusion_pytorch_model"
+    ignored_keys: ClassVar[tuple[str, ...]] = ()
+
+    config: Config
+    parameters: Callable
+    state_dict: Callable
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike,
+        subfolder: str | None = None,
+        variant: str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+    ):
+        """Reads a model from a local folder; returns it in eval mode, on the CPU.
+
+        torch_dtype: e.g. torch.float16 or "float16". None gives float32 whatever the file holds, as upstream does.
+        Raises WeightsError, or ConfigError from the config; never returns a model with a tensor left unfilled.
+        """
+        dtype = _dtype(torch_dtype)
+        folder = os.path.join(_name(folder), subfolder) if subfolder else _name(folder)
+        source = os.path.join(folder, "config.json")
+        if not os.path.isdir(folder):
+            raise WeightsError(f"{folder}: no such folder (models are read from local folders only)")
+        config = cls.config_from_folder(read_json(source), source)
+        with torch.device("meta"):
+            model = cls(config).to(dtype)
+        state_dict = model.convert_keys(load_folder(folder, cls.weights_stem, variant))
+        for name, tensor in state_dict.items():  # one at a time, so that a cast never holds two whole copies
+            state_dict[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        load_strict(model, state_dict, folder, cls.ignored_keys)
+        return model.eval()
+
+    @classmethod
+    def from_config(cls, config: Config | dict[str, Any]):
+        """A model with fresh random weights from a config, or from the dict of a config.json."""
+        return cls(config if isinstance(config, Config) else cls.config_from_folder(dict(config), "config"))
+
+    @classmethod
+    def config_from_folder(cls, values: dict[str, Any], source: str) -> Config:
+        """Hook: what config.json says, as a config."""
+        return cls.config_class.from_dict(values, source)
+
+    def convert_keys(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Hook: names of older generations to this model's."""
+        return state_dict
+
+    def export_config(self) -> dict[str, Any]:
+        """Hook: what save_pretrained writes to config.json."""
+        return {"_class_name": type(self).__name__, "_diffusers_version": "0.30.0", **self.config.to_dict()}
+
+    def save_pretrained(
+        self, folder: str | os.PathLike, variant: str | None = None, max_shard_size: int = 10 * 10**9
+    ) -> None:
+        """Writes config.json and the weights, in files of at most `max_shard_size` bytes. Upstream reads the folder."""
+        folder = _name(folder)
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise WeightsError(f"{folder}: cannot be made: {error.strerror or error}") from None
+        write_json(os.path.join(folder, "config.json"), self.export_config())
+        _save_shards(self.state_dict(), folder, self.weights_stem, variant, max_shard_size)
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+
+def _dtype(chosen: torch.dtype | str | None) -> torch.dtype:
+    dtype = getattr(torch, chosen.removeprefix("torch."), None) if isinstance(chosen, str) else chosen
+    dtype = torch.float32 if chosen is None else dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise WeightsError(f"torch_dtype = {chosen!r} is not a floating-point dtype such as torch.float16")
+    return dtype
