@@ -1,0 +1,305 @@
+"""An independent judge: names the character that a grey picture shows, or says that it shows none.
+
+Read after: data/make_calligraphy.py, whose fonts it learns from. Measures how legible generated pictures are.
+    python -m train.judge --fonts FONTS --out out/judge [--fetch]       trains, prints how good it is
+    python -m train.judge --run out/judge --pictures DIR [--expect 春]  names pictures
+The class "none" is learnt from noise, blots, mixtures, broken glyphs: a judge without it is sure of noise.
+Shapes: N pictures, 1 channel, 64x64, -1 ink .. 1 paper.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from data.folder import SUFFIXES, jitter, list_pictures, read_picture
+from data.make_calligraphy import FILL, FONTS, MORE_FONTS, distinct, draw, locate
+from miniclip.weights import atomic_write
+from train.common import Progress, UserError, flag, make_folder, parse_flags, run
+
+SIZE = 64
+NONE = "none"       # the name of a picture that shows no character
+LOOK_ALIKES = ("泰奏秦舂奉眷椿捧拳券卷養棒青湖漢瞞滴漏滯沛浦湧渦備兩港濕灌潮演漫澗波海清朝幹韓乹"
+               "乞吃戟斡翰乳亂軋草卓靴神伸坡坦埋申土地坪坊均坑塊堆埠紳呻暢押抽甲由田軸")
+COMMON = ("一上下不中之也了交人他以但何來信個出到前去可同和問因國在多大天好如子學定家對小就工年後得心"
+          "想意成我所提文新於是時最會有本果機沒法為無然現生用當發的看真知章而能自要訊請這過道還那都電"
+          "麼三且世並主久乎事二五些什今代件任似位住作使便保修候做傳像價元兄先光兒入全八公六共其再凰分"
+          "別利制則力功加動務化北區十南即卻原參又及友反取受口叫台各合名向否告呵命品員喜單器四回圖型城"
+          "基報場士外夢太央失")
+CHARACTERS = "春滿乾坤" + LOOK_ALIKES + COMMON      # 268
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    out: str = flag("out/judge", "folder for the trained judge")
+    fonts: str = flag("out/fonts", "folder with the fonts")
+    fetch: bool = flag(False, "download the fonts that are missing")
+    leave_out: str = flag("ukai,seto,zen-antique", "hands kept for the test, never trained on, with commas")
+    steps: int = flag(1000, "optimizer steps")
+    batch: int = flag(192, "glyphs a step; a quarter as many pictures of nothing come on top")
+    seed: int = flag(0, "one seed, one judge")
+    run: str = flag("", "instead of training: a trained judge to use")
+    pictures: str = flag("", "with --run: the folder of pictures to name")
+    expect: str = flag("", "with --run: what all of them should show")
+
+
+# ---- the model
+
+class Judge(nn.Module):
+    """Six convolutions and one linear layer: [N, 1, 64, 64] -> logits [N, names + 1], the last for "none"."""
+
+    def __init__(self, names: list[str], width: int = 24):
+        super().__init__()
+        self.names, self.width = [*names, NONE], width
+        self.body = nn.Sequential(
+            *conv(1, width, 2, kernel=5),                       # [N,   w, 32, 32]
+            *conv(width, 2 * width, 2),                         # [N,  2w, 16, 16]
+            *conv(2 * width, 2 * width, 1),
+            *conv(2 * width, 4 * width, 2),                     # [N,  4w,  8,  8]
+            *conv(4 * width, 4 * width, 1),
+            *conv(4 * width, 6 * width, 2),                     # [N,  6w,  4,  4]
+        )
+        # flattened, not averaged: where a part stands tells 由 from 甲
+        self.head = nn.Sequential(nn.Flatten(), nn.Dropout(0.3), nn.Linear(6 * width * 16, len(self.names)))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.head(self.body(pictures))
+
+
+def conv(c_in: int, c_out: int, stride: int, kernel: int = 3) -> list[nn.Module]:
+    return [nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
+
+
+@torch.no_grad()
+def name_pictures(model: Judge, pictures: Tensor) -> tuple[list[str], Tensor]:
+    """Pictures [N, 1, H, W] in -1..1, ink black -> N names ("none": no character), probabilities [N]."""
+    model.eval()
+    pictures = pictures.to(model.head[-1].weight).clamp(-1, 1)      # its device and type
+    if pictures.shape[-2:] != (SIZE, SIZE):
+        pictures = F.interpolate(pictures, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
+    probabilities = torch.cat([model(part).softmax(1) for part in pictures.split(256)])
+    best, index = probabilities.max(1)
+    return [model.names[i] for i in index.tolist()], best.cpu()
+
+
+def save_judge(model: Judge, out: Path, report: dict) -> None:
+    with atomic_write(out / "judge.pt") as file:
+        torch.save(model.state_dict(), file)
+    config = {"names": model.names[:-1], "width": model.width, "report": report}
+    with atomic_write(out / "judge.json") as file:
+        file.write(json.dumps(config, ensure_ascii=False, indent=1).encode("utf-8"))
+
+
+def load_judge(folder) -> Judge:
+    """A judge that `python -m train.judge --out folder` trained; UserError when there is none."""
+    config, weights = Path(folder) / "judge.json", Path(folder) / "judge.pt"
+    try:
+        fields = json.loads(config.read_text(encoding="utf-8"))
+        model = Judge(fields["names"], fields["width"])
+        model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: no such file; train a judge with python -m train.judge") from None
+    except Exception as error:  # noqa: BLE001  whatever a broken file raises
+        raise UserError(f"{folder}: not a judge ({type(error).__name__}: {error})") from None
+    return model.eval()
+
+
+# ---- what it learns from
+
+def glyphs(fonts: list, characters: str = CHARACTERS) -> tuple[Tensor, Tensor, Tensor]:
+    """Renders all: pictures uint8 [M, 1, 64, 64], the index of each one's character [M], of its hand [M]."""
+    found = []
+    for hand, (font, path) in enumerate(fonts):
+        for index, character in enumerate(characters):
+            glyph = draw(path, character, 4 * SIZE, font.index)
+            if glyph is not None:       # blank, or not in this font
+                found.append((_fit(glyph[0].crop(glyph[1])), index, hand))
+    pictures, labels, hands = zip(*found, strict=True)
+    return torch.stack(pictures), torch.tensor(labels), torch.tensor(hands)
+
+
+def _fit(ink: Image.Image) -> Tensor:
+    scale = FILL * SIZE / max(ink.size)
+    ink = ink.resize([max(1, round(side * scale)) for side in ink.size], Image.Resampling.BOX)
+    paper = Image.new("L", (SIZE, SIZE), 0)
+    paper.paste(ink, ((SIZE - ink.width) // 2, (SIZE - ink.height) // 2))
+    return 255 - torch.frombuffer(bytearray(paper.tobytes()), dtype=torch.uint8).reshape(1, SIZE, SIZE)
+
+
+def uniform(n: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    return torch.rand(n, 1, 1, 1, generator=generator) * (high - low) + low
+
+
+def smooth_noise(n: int, channels: int, cells: int, generator: torch.Generator) -> Tensor:
+    """[N, channels, 64, 64], a normal value in each of cells x cells points and smooth in between."""
+    coarse = torch.randn(n, channels, cells, cells, generator=generator)
+    return F.interpolate(coarse, (SIZE, SIZE), mode="bicubic", align_corners=False)
+
+
+def augment(x: Tensor, g: torch.Generator) -> Tensor:
+    """Other slant, size, place, stroke width, wobble, sharpness, paper and noise for each picture."""
+    n = len(x)
+    x = jitter(x, g, degrees=8, translate=0.06, scale=0.18, shear=10)
+    cells = int(torch.randint(3, 7, (1,), generator=g))
+    bend = smooth_noise(n, 2, cells, g).permute(0, 2, 3, 1) * uniform(n, 0, 0.05, g)        # [N, 64, 64, 2]
+    grid = F.affine_grid(torch.eye(2, 3).expand(n, 2, 3), list(x.shape), align_corners=False) + bend
+    x = F.grid_sample(x - 1, grid, align_corners=False) + 1
+    width = uniform(n, -0.9, 0.9, g)                            # below 0: thicker strokes, above: thinner
+    thick, thin = -F.max_pool2d(-x, 3, 1, 1), F.max_pool2d(x, 3, 1, 1)
+    x = x + (thick - x) * (-width).clamp(min=0) + (thin - x) * width.clamp(min=0) * 0.7
+    x = torch.lerp(x, F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), uniform(n, 0, 1, g))
+    ink, paper = uniform(n, -1, -0.3, g), uniform(n, 0.6, 1, g)
+    x = ink + (paper - ink) * (x + 1) / 2
+    x = x + torch.randn(x.shape, generator=g) * uniform(n, -0.15, 0.25, g).clamp(min=0)     # a third without
+    return x.clamp(-1, 1)
+
+
+KINDS = ("noise", "clouds", "blots", "blank", "mean of two", "two overlaid", "half erased", "scrambled")
+
+
+def nothing(a: Tensor, b: Tensor, g: torch.Generator) -> Tensor:
+    """Pictures [N, 1, 64, 64] of no character, made from two batches of glyphs: row i is of KINDS[i % 8]."""
+    n, kind = len(a), torch.arange(len(a)) % len(KINDS)
+    cells = int(torch.randint(4, 14, (1,), generator=g))
+    cloud, noise = smooth_noise(n, 1, cells, g), torch.randn(a.shape, generator=g)
+    angle = uniform(n, 0, 6.283, g)
+    y, x = torch.meshgrid(*[torch.linspace(-1, 1, SIZE)] * 2, indexing="ij")
+    erased = x * angle.cos() + y * angle.sin() > uniform(n, -0.2, 0.1, g)
+    made = torch.stack([
+        noise * uniform(n, 0.2, 1.5, g) + uniform(n, -0.5, 1, g),
+        cloud * uniform(n, 0.2, 1.0, g) + uniform(n, -0.5, 1, g),
+        torch.tanh((cloud + uniform(n, 0, 1, g)) * 8),
+        uniform(n, -1, 1, g).expand_as(a),
+        (a + b) / 2,
+        torch.minimum(a, b),
+        torch.where(erased, 1.0, a),
+        scramble(a, 4 if torch.rand((), generator=g) < 0.5 else 3, g),
+    ])                                                                                  # [8, N, 1, 64, 64]
+    return made[kind, torch.arange(n)].clamp(-1, 1)
+
+
+def scramble(x: Tensor, parts: int, g: torch.Generator) -> Tensor:
+    """Cuts each picture into parts x parts tiles and shuffles them (the same way for all in the batch)."""
+    side = -(-SIZE // parts)
+    tiles = F.unfold(F.pad(x, [0, side * parts - SIZE] * 2, value=1.0), side, stride=side)
+    tiles = tiles[..., torch.randperm(parts * parts, generator=g)]
+    return F.fold(tiles, side * parts, side, stride=side)[..., :SIZE, :SIZE]
+
+
+# ---- training and testing
+
+def train(model: Judge, pictures: Tensor, labels: Tensor, cfg: JudgeConfig) -> None:
+    """pictures uint8 [M, 1, 64, 64], labels [M]: AdamW, its rate falls on a cosine to 1 %."""
+    g = torch.Generator().manual_seed(cfg.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1, (s + 1) / 50) * (0.505 + 0.495 * math.cos(math.pi * s / cfg.steps)))
+    progress = Progress(cfg.steps)
+    model.train()
+    for step in range(cfg.steps):
+        parts = (cfg.batch, cfg.batch // 4, cfg.batch // 4)
+        pick = torch.randint(len(labels), (sum(parts),), generator=g)
+        real, a, b = (pictures[pick].float() / 127.5 - 1).split(parts)
+        x = augment(torch.cat([real, nothing(a, b, g)]), g)
+        y = torch.cat([labels[pick[:cfg.batch]], torch.full([len(a)], len(model.names) - 1)])
+        loss = F.cross_entropy(model(x), y, label_smoothing=0.05)
+        if not torch.isfinite(loss):
+            raise UserError(f"the loss is {loss.item()} at step {step}: nothing saved")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress.show(step + 1, f"loss {loss.item():.3f}")
+    progress.close()
+
+
+def share(model: Judge, pictures: Tensor, names: list[str]) -> float:
+    """The share of pictures that get their name."""
+    found, _ = name_pictures(model, pictures)
+    return sum(a == b for a, b in zip(found, names, strict=True)) / len(names)
+
+
+def examine(model: Judge, pictures: Tensor, labels: Tensor, hands: Tensor, styles: list[str],
+            left_out: set[str]) -> dict:
+    """What the judge gets right on new changes and on hands that it never saw; prints it, and returns it."""
+    g = torch.Generator().manual_seed(987_654_321)      # no augmentation of the training
+    clean = pictures.float() / 127.5 - 1
+    names = [model.names[i] for i in labels.tolist()]
+    report = {}
+    for index, style in enumerate(styles):
+        rows = (hands == index).nonzero()[:, 0]
+        mine = [names[i] for i in rows.tolist()]
+        key = f"hand {style}, {'never trained on' if style in left_out else 'trained on'}"
+        report[key] = [share(model, x, mine) for x in (clean[rows], augment(clean[rows], g))]
+    for kind in ("trained on", "never trained on"):
+        rows = [value for key, value in report.items() if key.endswith(f", {kind}")]
+        if rows:
+            report[f"all hands {kind}"] = torch.tensor(rows).mean(0).tolist()
+    a, b = clean[torch.randint(len(clean), (2, 2048), generator=g)]
+    spoilt = nothing(a, b, g)
+    for index, kind in enumerate(KINDS):
+        rows = spoilt[index::len(KINDS)]
+        none = [NONE] * len(rows)
+        report[f"{kind}: seen as none"] = [share(model, x, none) for x in (rows, augment(rows, g))]
+    print(f"{'right, of clean pictures and of changed ones':50} {'clean':>8} {'changed':>8}")
+    for key, (plain, changed) in report.items():
+        print(f"{key:50} {plain:8.1%} {changed:8.1%}")
+    return report
+
+
+def teach(cfg: JudgeConfig) -> None:
+    start, out, left_out = time.monotonic(), make_folder(cfg.out), set(filter(None, cfg.leave_out.split(",")))
+    fonts = distinct(locate(FONTS + MORE_FONTS, Path(cfg.fonts), cfg.fetch), CHARACTERS)
+    styles = [font.style for font, _ in fonts]
+    if left_out - set(styles) or cfg.steps < 10 or cfg.batch < 8:
+        raise UserError(f"--leave-out {cfg.leave_out}: of {' '.join(styles)}; --steps >= 10, --batch >= 8")
+    torch.manual_seed(cfg.seed)
+    pictures, labels, hands = glyphs(fonts)
+    print(f"{len(pictures)} glyphs of {len(CHARACTERS)} characters in {len(fonts)} hands, {len(left_out)} "
+          f"of these left out of the training ({time.monotonic() - start:.0f} s)", flush=True)
+    known = torch.tensor([style not in left_out for style in styles])[hands]
+    model = Judge(list(CHARACTERS))
+    train(model, pictures[known], labels[known], cfg)
+    save_judge(model, out, examine(model, pictures, labels, hands, styles, left_out))
+    print(f"{out}: trained in {time.monotonic() - start:.0f} s")
+
+
+# ---- naming pictures
+
+def ask(cfg: JudgeConfig) -> None:
+    """Names each picture below a folder; it should show --expect, or its caption's first character."""
+    model, folder = load_judge(cfg.run), Path(cfg.pictures)
+    flat = sorted(p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES and p.stem != "grid")
+    if flat and not (folder / "captions.csv").exists():         # what train.sample writes
+        expected = [(path, cfg.expect) for path in flat]
+    else:
+        expected = [(entry.path, cfg.expect or entry.caption[0]) for entry in list_pictures(folder)]
+    pictures = torch.stack([read_picture(path, SIZE, 1) for path, _ in expected]).float() / 127.5 - 1
+    names, probabilities = name_pictures(model, pictures)
+    right = 0
+    for (path, wanted), name, p in zip(expected, names, probabilities.tolist(), strict=True):
+        right += name == wanted
+        note = "" if name == wanted or not wanted else f"  not {wanted}"
+        print(f"{path.relative_to(folder)}  {name}  {p:.3f}{note}")
+    if any(wanted for _, wanted in expected):
+        print(f"named right: {right} of {len(expected)} = {right / len(expected):.1%}")
+
+
+def main(cfg: JudgeConfig) -> None:
+    if bool(cfg.run) != bool(cfg.pictures):
+        raise UserError("--run and --pictures go together: a trained judge, and what it shall name")
+    if cfg.expect and cfg.expect not in CHARACTERS:
+        raise UserError(f"--expect {cfg.expect}: not one of the {len(CHARACTERS)} characters that are judged")
+    ask(cfg) if cfg.run else teach(cfg)
+
+
+if __name__ == "__main__":
+    run(lambda: main(parse_flags(JudgeConfig, __doc__.split("\n\n")[0])))
