@@ -306,7 +306,15 @@ def _refuse_big_endian(path: str) -> None:
 
 
 def load_pickle(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Reads the tensors of a .bin, .pt or .ckpt file; a dict under the key "state_dict" is taken as the content.
+    """Reads the tensors of a .bin, .pt or .ckpt file; a dict under the key "state_dict" is taken as the content."""
+    content = read_pickle(path)
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    return _plain_tensors(content, _name(path))
+
+
+def read_pickle(path: str | os.PathLike) -> Any:
+    """Whatever torch.save wrote: tensors and plain Python values.
 
     Only torch's weights_only reader is used: code inside a pickle is never run. Raises WeightsError.
     """
@@ -317,17 +325,14 @@ def load_pickle(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
         if is_zip and sum(entry.file_size for entry in zipfile.ZipFile(path).infolist()) > size:
             raise WeightsError(f"{path}: the archive claims to hold more than its own {size} bytes")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip and os.name != "nt")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip and os.name != "nt")
     except WeightsError:
         raise
     except Exception as error:  # the reader raises many kinds; none of them may pass as anything else
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise WeightsError(
-            f"{path}: not a plain pickle of tensors; code in pickles is never run, so convert it to safetensors ({reason})"
+            f"{path}: not a plain pickle of tensors and numbers; code in pickles is never run, so convert it to safetensors ({reason})"
         ) from None
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    return _plain_tensors(content, path)
 
 
 def _plain_tensors(content: Any, path: str) -> dict[str, Tensor]:

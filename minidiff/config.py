@@ -106,7 +106,8 @@ class UNet2DConditionConfig(Config):
         if self.encoder_hid_dim_type is not None and self.encoder_hid_dim is None:
             raise ConfigError(f"encoder_hid_dim_type = {self.encoder_hid_dim_type!r} needs encoder_hid_dim")
         if self.encoder_hid_dim is not None and len(set(self.per_level("cross_attention_dim"))) > 1:
-            raise ConfigError(f"encoder_hid_dim projects to one width, cross_attention_dim = {self.cross_attention_dim}")
+            raise ConfigError("encoder_hid_dim projects to one width, but cross_attention_dim = "
+                              f"{self.cross_attention_dim}")
         for field, value in (("class_embed_type", self.class_embed_type),
                              ("addition_embed_type", self.addition_embed_type)):
             if value in ("projection", "simple_projection", "text_time") and \

@@ -112,7 +112,8 @@ class DDPMScheduler(Scheduler):
             return threshold(x0, c.dynamic_thresholding_ratio, c.sample_max_value)
         return x0.clamp(-c.clip_sample_range, c.clip_sample_range) if c.clip_sample else x0
 
-    def _get_variance(self, t: int, predicted_variance: Tensor | None = None, variance_type: str | None = None) -> Tensor:
+    def _get_variance(self, t: int, predicted_variance: Tensor | None = None,
+                      variance_type: str | None = None) -> Tensor:
         """What upstream's method of this name returns: a variance, its log, or (fixed_small_log) a deviation."""
         alpha_bar, alpha_bar_prev = self._alpha_bars(t)
         beta = 1 - alpha_bar / alpha_bar_prev

@@ -3,7 +3,8 @@
 Read after config.py, before ddpm.py. Papers: Ho 2020 (DDPM), Nichol 2021 (the cosine schedule), Lin 2023
 (spacings; zero terminal SNR, Algorithm 1), Salimans 2022 (v), Saharia 2022 (dynamic thresholding).
 Mirrors: diffusers' scheduling_utils.py and the parts that its scheduler files repeat.
-Symbols: beta_t, alpha_t = 1 - beta_t, alpha_bar_t = their product up to t; x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps.
+Symbols: beta_t; alpha_t = 1 - beta_t; alpha_bar_t, their product up to t; x_t = sqrt(alpha_bar_t) x0 +
+sqrt(1 - alpha_bar_t) eps.
 """
 
 from __future__ import annotations
@@ -131,7 +132,8 @@ def spaced_timesteps(spacing: str, steps: int, T: int, offset: int) -> list[int]
     return [round(T - i * stride) - 1 for i in range(steps)]  # trailing
 
 
-def randn(shape: torch.Size | tuple[int, ...], generator: Generators, device: torch.device, dtype: torch.dtype) -> Tensor:
+def randn(shape: torch.Size | tuple[int, ...], generator: Generators, device: torch.device,
+          dtype: torch.dtype) -> Tensor:
     """Gaussian noise. A CPU generator draws on the CPU, so one seed gives one picture on every device.
 
     A list holds one generator for each picture of the batch.

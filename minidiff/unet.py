@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from miniclip.model import ModelOutput
+from miniclip.weights import ModelFolder
 from minidiff.attention import Transformer2DModel
 from minidiff.config import DOWN_ATTENDS, MID_ATTENDS, UP_ATTENDS, UNet2DConditionConfig
 from minidiff.embeddings import ACTIVATIONS, TimestepEmbedding, Timesteps
 from minidiff.resnet import Downsample2D, ResnetBlock2D, Upsample2D
-from miniclip.model import ModelOutput
-from miniclip.weights import ModelFolder
 
 
 @dataclass

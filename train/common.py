@@ -24,7 +24,7 @@ from torchvision.utils import make_grid
 
 from data.folder import DataError
 from miniclip.config import ConfigError
-from miniclip.weights import WeightsError, atomic_write, load_pickle
+from miniclip.weights import WeightsError, atomic_write, read_pickle
 
 
 class UserError(Exception):
@@ -62,7 +62,7 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(_fail(str(error)))
     except OSError as error:
         sys.exit(_fail(f"{error.filename or 'file'}: {error.strerror or error}"))
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         sys.exit(_fail("out of memory on the device: try a smaller --batch or --preset"))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted", 130))
@@ -134,8 +134,9 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Tensors and plain values only; a pickle that would run code is refused."""
-    state = load_pickle(path)
-    missing = [name for name in ("model", "optimizers", "ema", "step", "config") if name not in state]
+    state = read_pickle(path)
+    parts = ("model", "optimizers", "ema", "step", "config")
+    missing = [name for name in parts if not isinstance(state, dict) or name not in state]
     if missing:
         raise UserError(f"{path}: not a checkpoint of a training run (no {', '.join(missing)})")
     return state

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor, steps: int = 3) -> Tensor:
     """The nearest (semi-)orthogonal matrices, roughly: all singular values are pushed towards 1.
 
     matrices [N, rows, columns] of any scale; a quintic polynomial in the matrix, applied a few times.

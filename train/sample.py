@@ -50,7 +50,8 @@ def main(cfg: SampleConfig) -> None:
     out = make_folder(cfg.out)
 
     progress = Progress(cfg.count, unit="picture")
-    pictures = writer.write([cfg.prompt] * cfg.count, cfg.seed, cfg.steps, cfg.guidance, cfg.batch,
+    prompts = writer.completed(cfg.prompt, cfg.count, cfg.seed)
+    pictures = writer.write(prompts, cfg.seed, cfg.steps, cfg.guidance, cfg.batch,
                             lambda done: progress.show(done, cfg.prompt))
     progress.close()
     for i, picture in enumerate(pictures):
@@ -63,7 +64,8 @@ def warn_unknown(writer: Writer, prompt: str) -> None:
     unknown = writer.unknown_words(prompt)
     if unknown:
         known = dict.fromkeys(word for caption in writer.captions for word in caption.split())
-        print(f"warning: this run never saw {'、'.join(unknown)}; it knows {' '.join(list(known)[:40])}", file=sys.stderr)
+        known = " ".join(list(known)[:40])
+        print(f"warning: this run never saw {'、'.join(unknown)}; it knows {known}", file=sys.stderr)
 
 
 if __name__ == "__main__":

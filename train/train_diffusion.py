@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from data.folder import PictureFolder, jitter
-from minidiff import DDPMScheduler
 from miniclip.weights import atomic_write, write_json
+from minidiff import DDPMScheduler
 from train import report
 from train.common import (
     EMA,
@@ -54,7 +54,7 @@ class TrainConfig:
     channels: int = flag(1, "1 for grey, 3 for colour", choices=(1, 3))
     fold: int = flag(2, "fold each f x f square of pixels into channels")
     preset: str = flag("small", "size of the model", choices=tuple(PRESETS))
-    steps: int = flag(500, "optimizer steps")
+    steps: int = flag(400, "optimizer steps")
     batch: int = flag(20, "pictures a step")
     optimizer: str = flag("muon", "muon (learns faster on few pictures) or adamw", choices=("muon", "adamw"))
     lr: float = flag(1e-3, "peak learning rate of AdamW")
@@ -63,11 +63,10 @@ class TrainConfig:
     ema: float = flag(0.98, "largest decay of the weights' running mean")
     clip: float = flag(1.0, "clip the gradient's norm to this")
     caption_drop: float = flag(0.1, "share of pictures trained without caption, for guidance")
-    word_drop: float = flag(0.1, "share of captions cut to their first word, so that 春 alone is a prompt")
     jitter: bool = flag(True, "small random rotations, shifts, scalings")
     flip: bool = flag(False, "mirror half of the pictures; never for writing")
-    samples: int = flag(6, "how many times on the way to write a grid of samples and validate")
-    sample_steps: int = flag(20, "denoising steps for those samples")
+    samples: int = flag(4, "how many times on the way to write a grid of samples and validate")
+    sample_steps: int = flag(15, "denoising steps for those samples")
     guidance: float = flag(1.3, "guidance for those samples")
     seed: int = flag(0, "one seed, one result (on one machine, on the CPU)")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -124,7 +123,7 @@ def main(cfg: TrainConfig) -> None:
         x0 = pictures[chosen]
         if cfg.jitter:
             x0 = jitter(x0, dice, flip=cfg.flip)
-        prompts = drop_words([captions[i] for i in chosen.tolist()], cfg, dice)
+        prompts = drop_captions([captions[i] for i in chosen.tolist()], cfg.caption_drop, dice)
         loss = diffusion_loss(writer, x0, prompts, schedule, dice)
 
         for optimizer in optimizers:
@@ -133,8 +132,8 @@ def main(cfg: TrainConfig) -> None:
         norm = torch.nn.utils.clip_grad_norm_(writer.parameters(), cfg.clip)
         value, norm = loss.item(), norm.item()
         if not (math.isfinite(value) and math.isfinite(norm)):
-            raise UserError(f"step {step}: the loss is {value} and the gradient norm {norm}; stopped before the weights "
-                            f"were touched. {checkpoint} holds the last good state: try a lower --lr and --muon-lr")
+            raise UserError(f"step {step}: the loss is {value} and the gradient norm {norm}; stopped before the "
+                            f"weights were touched. {checkpoint} holds the last good state: try a lower --muon-lr")
         for optimizer in optimizers:
             optimizer.step()
         ema.update(step)
@@ -163,7 +162,7 @@ def check(cfg: TrainConfig) -> None:
     for name in ("steps", "batch", "sample_steps"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
-    for name in ("caption_drop", "word_drop", "ema"):
+    for name in ("caption_drop", "ema"):
         if not 0 <= getattr(cfg, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: between 0 and 1")
     if cfg.sample_steps > 1000:
@@ -176,16 +175,10 @@ def draw_batch(n: int, batch: int, dice: torch.Generator) -> Tensor:
     return torch.cat(rounds)[:batch]
 
 
-def drop_words(prompts: list[str], cfg: TrainConfig, dice: torch.Generator) -> list[str]:
-    """Some captions become empty (for guidance), some lose all but their first word (so that it works alone)."""
-    dropped = []
-    for prompt, chance in zip(prompts, torch.rand(len(prompts), generator=dice).tolist(), strict=True):
-        if chance < cfg.caption_drop:
-            prompt = ""
-        elif chance < cfg.caption_drop + cfg.word_drop:
-            prompt = prompt.split()[0]
-        dropped.append(prompt)
-    return dropped
+def drop_captions(prompts: list[str], share: float, dice: torch.Generator) -> list[str]:
+    """Some captions become empty, so that guidance has something to guide away from (Ho 2022, Algorithm 1)."""
+    chances = torch.rand(len(prompts), generator=dice).tolist()
+    return ["" if chance < share else prompt for prompt, chance in zip(prompts, chances, strict=True)]
 
 
 def diffusion_loss(writer: Writer, pictures: Tensor, prompts: list[str], schedule: DDPMScheduler,
@@ -212,7 +205,7 @@ def evaluation_steps(cfg: TrainConfig) -> set[int]:
 
 # ---------------------------------------------------------------------------------------------- evaluation
 
-VALIDATION_TIMESTEPS = (99, 299, 499, 699, 899)
+VALIDATION_TIMESTEPS = (99, 299, 499, 699, 899, 959)
 
 
 @torch.no_grad()
@@ -251,10 +244,10 @@ def optimal_denoiser(x_t: Tensor, bank: Tensor, alpha_bar: float) -> Tensor:
 
     x_t [B, ...], bank [N, ...] -> [B, ...]. No network can have a smaller mean squared error on these pictures.
     """
-    flat = bank.flatten(1)                                                          # [N, D]
-    distance = torch.cdist(x_t.flatten(1).double(), alpha_bar**0.5 * flat.double()).square()
-    weights = torch.softmax(-distance / (2 * (1 - alpha_bar)), dim=1).to(x_t.dtype)    # [B, N]
-    return (weights @ flat).reshape(x_t.shape)
+    flat = bank.flatten(1).cpu().double()                                           # [N, D]; MPS has no float64
+    distance = torch.cdist(x_t.flatten(1).cpu().double(), alpha_bar**0.5 * flat).square()
+    weights = torch.softmax(-distance / (2 * (1 - alpha_bar)), dim=1)               # [B, N]
+    return (weights @ flat).to(x_t).reshape(x_t.shape)
 
 
 # ---------------------------------------------------------------------------------------- saving and telling

@@ -85,8 +85,18 @@ class Writer(nn.Module):
             else:
                 free, told = self.unet(torch.cat([x, x]), t, context).sample.chunk(2)
                 output = free + guidance * (told - free)                    # Ho 2022, eq. 6 with w = guidance - 1
-            x = sampler.step(output, t, x).prev_sample
+            x = sampler.step(output, t, x, use_clipped_model_output=True).prev_sample
         return self.unfold(x).clamp(-1, 1)
+
+    def completed(self, prompt: str, count: int, seed: int) -> list[str]:
+        """`count` prompts: a caption as it is; a part of some captions (a character without its hand), each time
+        completed to one of them at random; anything else as it is."""
+        words = set(prompt.split())
+        fitting = [caption for caption in self.captions if words <= set(caption.split())]
+        if not words or prompt in fitting or not fitting:
+            return [prompt] * count
+        dice = torch.Generator().manual_seed(seed)
+        return [fitting[i] for i in torch.randint(len(fitting), (count,), generator=dice).tolist()]
 
     def unknown_words(self, prompt: str) -> list[str]:
         known = {word for caption in self.captions for word in caption.split()}
@@ -107,7 +117,7 @@ class Writer(nn.Module):
         numbers = [own.get(name) for name in PictureFormat._fields]
         captions = own.get("captions")
         if not all(type(n) is int and 0 < n <= 4096 for n in numbers):
-            raise WeightsError(f"{folder / 'writer.json'}: size, channels, fold = {numbers} are not small whole numbers")
+            raise WeightsError(f"{folder / 'writer.json'}: size, channels, fold = {numbers}, not small whole numbers")
         if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
             raise WeightsError(f"{folder / 'writer.json'}: captions is not a list of texts")
         picture = PictureFormat(*numbers)

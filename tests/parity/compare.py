@@ -1,4 +1,4 @@
-"""How two implementations of one model are compared: same keys, same numbers, same gradients; first divergence named."""
+"""How two implementations of a model are compared: same keys, numbers, gradients; the first divergence named."""
 
 from __future__ import annotations
 

@@ -1,0 +1,568 @@
+"""CLIP's tokenizer: text -> ids and back by byte-level byte-pair encoding (BPE), and how to train a small one.
+
+Read after model.py; next image.py. Standard library only, torch for the tensors it returns.
+Paper: Sennrich et al. 2016 (BPE); Radford et al. 2021, section 2.4 (the text side of CLIP).
+Mirrors: transformers' CLIPTokenizer and, as `rules="openai"`, clip/simple_tokenizer.py of OpenAI's repository.
+Shapes: N texts, S tokens of the longest.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import heapq
+import html
+import json
+import os
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from miniclip.weights import WeightsError, atomic_write, read_json, write_json
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+END = "</w>"  # closes the last symbol of a word, so that "a" alone and "a" inside a word differ
+OPENAI_MERGES = 49152 - 256 - 2  # OpenAI's file lists 262,144 merges; CLIP takes the first 48,894
+MAX_FILE_BYTES = 64 * 2**20
+
+
+class TokenizerError(WeightsError):
+    """Tokenizer files or text that cannot be honoured; one line that says which and why."""
+
+
+# ------------------------------------------------------------------------------------------ text to words
+
+SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")  # Unicode's White_Space
+SPECIAL = r"<\|startoftext\|>|<\|endoftext\|>"
+FIRST = re.compile(SPECIAL + r"|'s|'t|'re|'ve|'m|'ll|'d")
+FIRST_OPENAI = re.compile(FIRST.pattern, re.IGNORECASE)
+RUN = re.compile("L+|N|O+")
+
+
+class _Kinds(dict):
+    """Code point -> L letter, N number, O other, _ space: regular expressions of the library know no \\p{L}."""
+
+    def __missing__(self, code: int) -> str:
+        kind = unicodedata.category(chr(code))[0]
+        self[code] = "_" if SPACE.match(chr(code)) else kind if kind in "LN" else "O"
+        return self[code]
+
+
+KINDS = _Kinds()
+
+
+def words(text: str, first: re.Pattern = FIRST) -> Iterator[str]:
+    """Cuts text into contractions, runs of letters, single digits, and runs of other signs; drops spaces.
+
+    The same as findall of `first|[\\p{L}]+|[\\p{N}]|[^\\s\\p{L}\\p{N}]+`. A run of Chinese characters is one word.
+    """
+    kinds = text.translate(KINDS)
+    place = 0
+    while place < len(text):
+        match = first.match(text, place) or RUN.match(kinds, place)
+        if match:
+            yield text[place : match.end()]
+        place = match.end() if match else place + 1
+
+
+def clean(text: str) -> str:
+    """transformers' rule: NFC, spaces to one blank, lower case letter by letter (so no final sigma)."""
+    return SPACE.sub(" ", unicodedata.normalize("NFC", text)).replace("Σ", "σ").lower()
+
+
+def clean_openai(text: str) -> str:
+    """OpenAI's rule without its first step, ftfy.fix_text, which is no part of the standard library.
+
+    Its pattern ignores case, and so U+0345, a mark whose capital is a letter, is neither letter nor other: it is lost.
+    """
+    text = SPACE.sub(" ", html.unescape(html.unescape(text)).strip()).strip().lower()
+    return text.replace("\u0345", " ")
+
+
+# ---------------------------------------------------------------------------------------- words to symbols
+
+
+@functools.cache
+def byte_symbols() -> dict[int, str]:
+    """Byte -> a printable character. Printable ones stand for themselves, the rest get U+0100 onwards (GPT-2)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def spell(word: str) -> list[str]:
+    """A word as its UTF-8 bytes, one symbol a byte, the last one closed by </w>."""
+    try:
+        symbols = [byte_symbols()[b] for b in word.encode("utf-8")]
+    except UnicodeEncodeError as error:
+        raise TokenizerError(f"text: {word[error.start]!r} is half a surrogate pair, not a character") from None
+    symbols[-1] += END
+    return symbols
+
+
+def join_pair(symbols: list[str], pair: tuple[str, str]) -> list[str]:
+    """Every occurrence of the pair, from the left, becomes one symbol."""
+    joined, i = [], 0
+    while i < len(symbols):
+        if i + 1 < len(symbols) and (symbols[i], symbols[i + 1]) == pair:
+            joined.append(symbols[i] + symbols[i + 1])
+            i += 2
+        else:
+            joined.append(symbols[i])
+            i += 1
+    return joined
+
+
+def build_vocab(merges: Iterable[tuple[str, str]]) -> dict[str, int]:
+    """CLIP's numbering: 256 bytes, 256 bytes that close a word, one symbol a merge, start, end."""
+    symbols = list(byte_symbols().values())
+    symbols += [s + END for s in symbols]
+    symbols += [a + b for a, b in merges]
+    return {s: i for i, s in enumerate(dict.fromkeys([*symbols, BOS, EOS]))}
+
+
+def learn_merges(counts: Counter[str], number: int) -> list[tuple[str, str]]:
+    """BPE's training: join the most frequent neighbours, again and again, until `number` or no pair occurs twice.
+
+    counts: word -> occurrences. Ties go to the pair that sorts first, so the result depends on the counts alone.
+    """
+    spelled, times = [spell(word) for word in counts], list(counts.values())
+    pairs: Counter[tuple[str, str]] = Counter()  # pair -> occurrences now
+    homes = defaultdict(set)  # pair -> indices of words that hold it, or held it once
+
+    def tally(i: int, sign: int) -> set[tuple[str, str]]:
+        held = list(zip(spelled[i], spelled[i][1:], strict=False))
+        for pair in held:
+            pairs[pair] += sign * times[i]
+            homes[pair].add(i)
+        return set(held)
+
+    for i in range(len(spelled)):
+        tally(i, 1)
+    heap = [(-n, pair) for pair, n in pairs.items()]
+    heapq.heapify(heap)
+    merges: list[tuple[str, str]] = []
+    while heap and len(merges) < number:
+        n, best = heapq.heappop(heap)
+        if -n != pairs[best] or -n < 2:  # a count of the past, or a pair not worth a symbol
+            continue
+        merges.append(best)
+        changed = set()
+        for i in homes.pop(best):
+            changed |= tally(i, -1)
+            spelled[i] = join_pair(spelled[i], best)
+            changed |= tally(i, 1)
+        for pair in changed:
+            heapq.heappush(heap, (-pairs[pair], pair))
+    return merges
+
+
+# ---------------------------------------------------------------------------------------------- tokenizer
+
+
+class Encoding(dict):
+    """What a call returns: `out.input_ids` or `out["input_ids"]`, `model(**out)`, `out.to("cuda")`."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(f"Encoding has {', '.join(self)}, not {name!r}")
+        return self[name]
+
+    def to(self, device: torch.device | str) -> Encoding:
+        return Encoding({k: v.to(device) for k, v in self.items()})
+
+
+class Tokenizer:
+    """What CLIP's tokenizer and BERT's share: batches, padding, truncation, ids and symbols.
+
+    A subclass sets vocab, the four special tokens, all_special_tokens, model_max_length and _symbols (id -> symbol),
+    and says how a text becomes ids, text_ids(), and ids a text, decode().
+    """
+
+    def text_ids(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        raise NotImplementedError
+
+    bos_token_id = property(lambda self: self.vocab[self.bos_token])
+    eos_token_id = property(lambda self: self.vocab[self.eos_token])
+    unk_token_id = property(lambda self: self.vocab[self.unk_token])
+    pad_token_id = property(lambda self: self.vocab[self.pad_token])
+    all_special_ids = property(lambda self: [self.vocab[t] for t in self.all_special_tokens])
+    vocab_size = property(lambda self: len(self.vocab))
+
+    def __len__(self) -> int:
+        return len(self.vocab)
+
+    def get_vocab(self) -> dict[str, int]:
+        return dict(self.vocab)
+
+    def encode(
+        self, text: str, add_special_tokens: bool = True, truncation: bool = False, max_length: int | None = None
+    ) -> list[int]:
+        """Ids of one text: start, its words, end. With truncation at most max_length ids, the end token kept."""
+        if not isinstance(text, str):
+            raise TokenizerError(f"text = {text!r} is a {type(text).__name__}, not a string")
+        ids = self.text_ids(text)
+        if truncation:
+            room = (self.model_max_length if max_length is None else max_length) - 2 * add_special_tokens
+            if room < 0:
+                raise TokenizerError(f"max_length = {max_length} leaves no room for the start and end tokens")
+            ids = ids[:room]
+        return [self.bos_token_id, *ids, self.eos_token_id] if add_special_tokens else ids
+
+    def tokenize(self, text: str) -> list[str]:
+        """The symbols of a text, without start and end."""
+        return self.convert_ids_to_tokens(self.encode(text, add_special_tokens=False))
+
+    def convert_ids_to_tokens(self, ids: Iterable[int]) -> list[str]:
+        return [self._symbol(int(i)) for i in ids]
+
+    def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> int | list[int]:
+        """Unknown symbols become unk_token_id, which is the end token's."""
+        if isinstance(tokens, str):
+            return self.vocab.get(tokens, self.unk_token_id)
+        return [self.vocab.get(t, self.unk_token_id) for t in tokens]
+
+    def __call__(
+        self,
+        text: str | list[str],
+        padding: bool | str = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        add_special_tokens: bool = True,
+        return_attention_mask: bool = True,
+    ) -> Encoding:
+        """Ids of one text or of a list of texts.
+
+        padding: False; True or "longest": to the longest of the call; "max_length". On the right, by pad_token.
+        truncation: cut to max_length, whose default is model_max_length. return_tensors: "pt" gives int64 [N, S],
+        None lists. attention_mask is 1 on tokens and 0 on padding. Raises TokenizerError.
+        """
+        if padding not in (False, True, "longest", "max_length", "do_not_pad"):
+            raise TokenizerError(f"padding = {padding!r} is not False, True, 'longest' or 'max_length'")
+        if return_tensors not in (None, "pt"):
+            raise TokenizerError(f"return_tensors = {return_tensors!r} is not None or 'pt'")
+        texts = [text] if isinstance(text, str) else list(text)
+        rows = [self.encode(t, add_special_tokens, bool(truncation), max_length) for t in texts]
+        width = max(map(len, rows), default=0) if padding in (True, "longest") else 0
+        if padding == "max_length":
+            width = self.model_max_length if max_length is None else max_length
+        mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+        rows = [row + [self.pad_token_id] * (width - len(row)) for row in rows]
+        if return_tensors == "pt":
+            if len({len(row) for row in rows}) > 1:
+                raise TokenizerError("texts of different lengths make no tensor: set padding=True and truncation=True")
+            rows, mask = torch.tensor(rows, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)
+        elif isinstance(text, str):
+            rows, mask = rows[0], mask[0]
+        return Encoding(input_ids=rows, attention_mask=mask) if return_attention_mask else Encoding(input_ids=rows)
+
+    def _symbol(self, i: int) -> str:
+        if i not in self._symbols:
+            raise TokenizerError(f"id {i} is not in the vocabulary of {len(self.vocab)}")
+        return self._symbols[i]
+
+    def batch_decode(self, rows: Iterable[Iterable[int]], skip_special_tokens: bool = False) -> list[str]:
+        return [self.decode(row, skip_special_tokens) for row in rows]
+
+
+class CLIPTokenizer(Tokenizer):
+    """CLIP's byte-level BPE. No text is out of its vocabulary, in any language; rare signs take 3 or 4 ids each.
+
+    vocab: symbol -> id. merges: pairs of symbols, the most important first. model_max_length: in tokens, start and
+    end included. pad_token: "!" in Stable Diffusion 2 and in SDXL's second tokenizer, as their folders say.
+    rules: "transformers" or "openai"; they differ in cleaning (HTML entities, Unicode forms) and in where a special
+    token inside a text counts. fix_text: OpenAI's code runs ftfy.fix_text first; hand it in for identical ids.
+    Special tokens written out in a text become the special ids, as upstream: do not pass on strangers' text blindly.
+    """
+
+    def __init__(
+        self,
+        vocab: dict[str, int],
+        merges: list[tuple[str, str]],
+        *,
+        bos_token: str = BOS,
+        eos_token: str = EOS,
+        unk_token: str = EOS,
+        pad_token: str = EOS,
+        model_max_length: int = 77,
+        added_tokens: Iterable[str] = (),
+        rules: str = "transformers",
+        fix_text: Callable[[str], str] | None = None,
+    ):
+        if rules not in ("transformers", "openai"):
+            raise TokenizerError(f"rules = {rules!r} is neither 'transformers' nor 'openai'")
+        self.vocab, self.merges = dict(vocab), [tuple(m) for m in merges]
+        self.bos_token, self.eos_token, self.unk_token, self.pad_token = bos_token, eos_token, unk_token, pad_token
+        self.model_max_length, self.rules, self.fix_text = model_max_length, rules, fix_text
+        self.all_special_tokens = list(dict.fromkeys([bos_token, eos_token, unk_token, pad_token]))
+        self.added_tokens = list(dict.fromkeys([*self.all_special_tokens, *added_tokens]))
+        for token in self.added_tokens:
+            if token not in self.vocab:
+                raise TokenizerError(f"vocabulary of {len(self.vocab)}: the special token {token!r} is missing")
+        self._symbols = {i: s for s, i in self.vocab.items()}
+        self._ranks = {pair: rank for rank, pair in reversed(list(enumerate(self.merges)))}
+        self._byte_of = {s: b for b, s in byte_symbols().items()}
+        longest_first = sorted(self.added_tokens, key=len, reverse=True)
+        self._added = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self._known: dict[str, list[int]] = {}  # word -> ids, so that a frequent word is merged once
+
+    # -- text to ids
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """Words and special tokens of a text, by the rules of one upstream or the other."""
+        if self.rules == "openai":
+            for piece in words(clean_openai(self.fix_text(text) if self.fix_text else text), FIRST_OPENAI):
+                yield piece.lower() if len(piece) > 3 and piece.lower() in self.added_tokens else piece
+            return
+        for part in self._added.split(text):
+            if part in self.added_tokens:
+                yield part
+                continue
+            for piece in words(clean(part)):  # "<|STARTOFTEXT|>" is not special, and falls into three words
+                yield from re.findall(r"\w+|\W+", piece) if piece in (BOS, EOS) else (piece,)
+
+    def _merged(self, word: str) -> list[str]:
+        """The symbols of a word: join the neighbours that were learned first until none is left to join."""
+        symbols = spell(word)
+        while len(symbols) > 1:
+            pairs = zip(symbols, symbols[1:], strict=False)
+            best = min(pairs, key=lambda pair: self._ranks.get(pair, len(self._ranks)))
+            if best not in self._ranks:
+                break
+            symbols = join_pair(symbols, best)
+        return symbols
+
+    def _ids(self, piece: str) -> list[int]:
+        if piece in self.added_tokens:
+            return [self.vocab[piece]]
+        if piece not in self._known:
+            if len(self._known) > 100_000:
+                self._known.clear()
+            self._known[piece] = [self.vocab.get(s, self.unk_token_id) for s in self._merged(piece)]
+        return self._known[piece]
+
+    def text_ids(self, text: str) -> list[int]:
+        return [i for piece in self._pieces(text) for i in self._ids(piece)]
+
+    def clip_tokenize(self, texts: str | list[str], context_length: int = 77, truncate: bool = False) -> torch.Tensor:
+        """OpenAI's `clip.tokenize`: int32 [N, context_length], padded with 0. open_clip's has truncate=True, int64.
+
+        Raises TokenizerError for a text that is too long, unless truncate.
+        """
+        texts = [texts] if isinstance(texts, str) else texts
+        result = torch.zeros(len(texts), context_length, dtype=torch.int32)
+        for row, text in zip(result, texts, strict=True):
+            ids = self.encode(text)
+            if len(ids) > context_length and not truncate:
+                raise TokenizerError(f"text {text[:60]!r} takes {len(ids)} tokens, more than {context_length}")
+            ids = ids[:context_length]
+            ids[-1] = self.eos_token_id
+            row[: len(ids)] = torch.tensor(ids, dtype=torch.int32)
+        return result
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """Text of ids, words separated by blanks; case and original spacing are lost. Broken bytes become U+FFFD."""
+        skip = set(self.all_special_ids) if skip_special_tokens else ()
+        joined = "".join(self._symbol(int(i)) for i in ids if int(i) not in skip)
+        raw = b"".join(bytes([self._byte_of[c]]) if c in self._byte_of else c.encode("utf-8") for c in joined)
+        return raw.decode("utf-8", errors="replace").replace(END, " ").strip()
+
+    # -- training, files
+
+    @classmethod
+    def train(
+        cls, texts: Iterable[str], vocab_size: int = 4096, model_max_length: int = 77, **options: Any
+    ) -> CLIPTokenizer:
+        """Learns a small vocabulary from your own captions, in any language; nothing is downloaded.
+
+        vocab_size counts everything: 512 bytes, 2 special tokens, the rest for merges. A small set of captions may
+        not hold that many pairs that occur twice: len(tokenizer) tells what came out. The order of the texts does
+        not matter. options: those of the constructor.
+        """
+        if vocab_size < 514:
+            raise TokenizerError(f"vocab_size = {vocab_size} is below 514, the bytes and the two special tokens")
+        bare = cls(build_vocab([]), [], **options)
+        counts = Counter(p for text in texts for p in bare._pieces(text) if p not in bare.added_tokens)
+        merges = learn_merges(counts, vocab_size - 514)
+        return cls(build_vocab(merges), merges, model_max_length=model_max_length, **options)
+
+    @classmethod
+    def from_bpe_file(cls, path: str | os.PathLike, **options: Any) -> CLIPTokenizer:
+        """Reads OpenAI's bpe_simple_vocab_16e6.txt.gz, or the same unpacked. options: those of the constructor."""
+        lines = _read_text(path).split("\n")[1 : 1 + OPENAI_MERGES]
+        merges = _pairs(lines, os.fspath(path))
+        return cls(build_vocab(merges), merges, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike, subfolder: str | None = None, **options: Any
+    ) -> CLIPTokenizer:
+        """Reads a folder: vocab.json and merges.txt, else tokenizer.json, else bpe_simple_vocab_16e6.txt.gz.
+
+        Special tokens and model_max_length come from tokenizer_config.json and special_tokens_map.json if they are
+        there; options override them. Raises TokenizerError or WeightsError.
+        """
+        folder = os.path.join(folder, subfolder) if subfolder else os.fspath(folder)
+        at = lambda name: os.path.join(folder, name)  # noqa: E731
+        options = {**_options(folder), **options}
+        if os.path.exists(at("vocab.json")) and os.path.exists(at("merges.txt")):
+            vocab = read_json(at("vocab.json"))
+            merges = _pairs(_read_text(at("merges.txt")).split("\n"), at("merges.txt"))
+            added = read_json(at("added_tokens.json")) if os.path.exists(at("added_tokens.json")) else {}
+            added = {**added, **options.pop("added_ids", {})}
+        elif os.path.exists(at("tokenizer.json")):
+            vocab, merges, added = _read_tokenizer_json(at("tokenizer.json"))
+        elif os.path.exists(at("bpe_simple_vocab_16e6.txt.gz")):
+            options.pop("added_ids", None)
+            return cls.from_bpe_file(at("bpe_simple_vocab_16e6.txt.gz"), **options)
+        else:
+            raise TokenizerError(
+                f"{folder}: no tokenizer found (looked for vocab.json with merges.txt, tokenizer.json, "
+                "bpe_simple_vocab_16e6.txt.gz)"
+            )
+        options.pop("added_ids", None)
+        vocab = {**vocab, **{t: i for t, i in added.items() if t not in vocab}}
+        for symbol, i in vocab.items():
+            if not isinstance(i, int) or isinstance(i, bool) or i < 0:
+                raise TokenizerError(f"{folder}: vocabulary: the id of {symbol!r} is {i!r}, not a number from 0")
+        return cls(vocab, merges, added_tokens=added, **options)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes what transformers 4 reads (vocab.json, merges.txt) and what 5 reads (tokenizer.json)."""
+        os.makedirs(folder, exist_ok=True)
+        at = lambda name: os.path.join(folder, name)  # noqa: E731
+        special = {k: getattr(self, k) for k in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        config = {"tokenizer_class": "CLIPTokenizer", **special, "model_max_length": self.model_max_length}
+        config |= {} if self.rules == "transformers" else {"rules": self.rules}  # a field of ours
+        extra = [t for t in self.added_tokens if t not in self.all_special_tokens]
+        write_json(at("vocab.json"), {s: i for s, i in self.vocab.items() if s not in extra})
+        with atomic_write(at("merges.txt")) as file:
+            file.write("\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in self.merges), ""]).encode("utf-8"))
+        if extra:
+            write_json(at("added_tokens.json"), {t: self.vocab[t] for t in extra})
+        write_json(at("special_tokens_map.json"), special)
+        write_json(at("tokenizer_config.json"), {**config, "add_prefix_space": False, "do_lower_case": True})
+        write_json(at("tokenizer.json"), self._tokenizer_json(extra))
+
+    def _tokenizer_json(self, extra: list[str]) -> dict[str, Any]:
+        """The same tokenizer as transformers 5 describes it: every step of words() and clean() as a rule."""
+        pattern = f"{FIRST.pattern}|[\\p{{L}}]+|[\\p{{N}}]|[^\\s\\p{{L}}\\p{{N}}]+"
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Removed", "invert": True}
+        space = {"type": "Replace", "pattern": {"Regex": "\\s+"}, "content": " "}
+        ends = {"sep": [self.eos_token, self.eos_token_id], "cls": [self.bos_token, self.bos_token_id]}
+        return {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [
+                {"id": self.vocab[t], "content": t, **flags, "special": t not in extra}
+                for t in sorted(self.added_tokens, key=self.vocab.get)
+            ],
+            "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, space, {"type": "Lowercase"}]},
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+            "post_processor": {"type": "RobertaProcessing", **ends, "trim_offsets": False, "add_prefix_space": False},
+            "decoder": {**byte_level, "add_prefix_space": True},
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": self.unk_token,
+                "continuing_subword_prefix": "",
+                "end_of_word_suffix": END,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": False,
+                "vocab": {s: i for s, i in self.vocab.items() if s not in extra},
+                "merges": [f"{a} {b}" for a, b in self.merges],
+            },
+        }
+
+
+# -------------------------------------------------------------------------------------------------- files
+
+
+def _read_text(path: str | os.PathLike) -> str:
+    """A text file, packed by gzip or not, of at most 64 MiB when unpacked."""
+    path = os.fspath(path)
+    try:
+        with open(path, "rb") as probe:
+            packed = probe.read(2) == b"\x1f\x8b"
+        with gzip.open(path, "rb") if packed else open(path, "rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+        if len(raw) > MAX_FILE_BYTES:
+            raise TokenizerError(f"{path}: more than {MAX_FILE_BYTES} bytes of text are refused")
+        return raw.decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{path}: cannot be read: {error}") from None
+
+
+def _pairs(lines: Iterable[str], source: str) -> list[tuple[str, str]]:
+    """Lines "a b" -> pairs. A header "#version: ..." and empty lines are skipped."""
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        line = line.strip("\r\n")
+        if not line or line.startswith("#version"):
+            continue
+        parts = line.split(" ")
+        if len(parts) != 2 or not all(parts):
+            raise TokenizerError(f"{source}: merge {number} is {line[:60]!r}, not two symbols and a blank")
+        pairs.append((parts[0], parts[1]))
+    return pairs
+
+
+def _read_settings(path: str) -> dict[str, Any]:
+    """A small JSON object. Not by read_json, which refuses the 31-digit number that transformers has for "no limit"."""
+    try:
+        values = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise error if isinstance(error, TokenizerError) else TokenizerError(f"{path}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise TokenizerError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _options(folder: str) -> dict[str, Any]:
+    """Special tokens, length and extra tokens from the two small files beside a vocabulary."""
+    found: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = os.path.join(folder, name)
+        if not os.path.exists(path):
+            continue
+        values = _read_settings(path)
+        for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            token = values.get(key)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                found[key] = token
+        if isinstance(values.get("rules"), str):
+            found["rules"] = values["rules"]
+        length = values.get("model_max_length")
+        if isinstance(length, (int, float)) and 2 <= length < 1e9:  # transformers writes 1e30 for "no limit"
+            found["model_max_length"] = int(length)
+        decoder = values.get("added_tokens_decoder")
+        if isinstance(decoder, dict):
+            entries = {i: t["content"] for i, t in decoder.items() if isinstance(t, dict) and "content" in t}
+            found["added_ids"] = {t: int(i) for i, t in entries.items() if i.isdecimal() and isinstance(t, str)}
+    return found
+
+
+def _read_tokenizer_json(path: str) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]:
+    """vocab, merges, added tokens of a tokenizer.json; refuses one that is not CLIP's kind of BPE."""
+    values = read_json(path)
+    model = values.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or "merges" not in model:
+        raise TokenizerError(f"{path}: model holds no vocab and merges; only BPE is read")
+    if model.get("end_of_word_suffix") != END:
+        raise TokenizerError(f"{path}: end_of_word_suffix = {model.get('end_of_word_suffix')!r}, CLIP's is {END!r}")
+    lines = [m if isinstance(m, str) else " ".join(map(str, m)) for m in model["merges"]]
+    added = [t for t in values.get("added_tokens") or [] if isinstance(t, dict) and "content" in t and "id" in t]
+    return model["vocab"], _pairs(lines, path), {t["content"]: t["id"] for t in added}

@@ -1,0 +1,20 @@
+"""The samplers, by upstream's names. Read in this order: base, ddim, pndm, euler, euler_ancestral, dpmsolver, lcm."""
+
+from minidiff.samplers.base import SchedulerOutput
+from minidiff.samplers.ddim import DDIMScheduler
+from minidiff.samplers.dpmsolver import DPMSolverMultistepScheduler
+from minidiff.samplers.euler import EulerDiscreteScheduler
+from minidiff.samplers.euler_ancestral import EulerAncestralDiscreteScheduler
+from minidiff.samplers.lcm import LCMScheduler, LCMSchedulerOutput
+from minidiff.samplers.pndm import PNDMScheduler
+
+__all__ = [
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "LCMScheduler",
+    "LCMSchedulerOutput",
+    "PNDMScheduler",
+    "SchedulerOutput",
+]

@@ -1,0 +1,108 @@
+"""DDIM: the deterministic sampler that takes large steps with a model trained by DDPM.
+
+Read after base.py. Paper: Song 2021 (DDIM), equations 12 and 16. Mirrors: diffusers' scheduling_ddim.py.
+Kept as upstream, because checkpoints are used so: the previous timestep is t - T // n and not the next entry of the
+schedule, which differs by a timestep or two where n does not divide T (`trailing`, `linspace`).
+Shapes: x_t, x0, eps all [B, C, H, W] or any other; t a number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from minidiff.samplers.base import SchedulerOutput, check_steps, checked_timesteps
+from minidiff.schedule import Generators, ScheduleConfig, Scheduler, randn, spaced_timesteps, threshold
+
+
+@dataclass(frozen=True)
+class DDIMConfig(ScheduleConfig):
+    clip_sample: bool = True                    # clip x0 at every step: for pictures in [-1, 1], not for latents
+    set_alpha_to_one: bool = True               # below the first timestep alpha_bar is 1, else alpha_bar_0
+    steps_offset: int = 0
+    thresholding: bool = False                  # dynamic thresholding in place of clipping
+    dynamic_thresholding_ratio: float = 0.995
+    clip_sample_range: float = 1.0
+    sample_max_value: float = 1.0
+    timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading"
+    rescale_betas_zero_snr: bool = False
+
+
+class DDIMScheduler(Scheduler):
+    config_class = DDIMConfig
+
+    def __init__(self, config: DDIMConfig | None = None, **fields):
+        super().__init__(config, **fields)
+        self.final_alpha_cumprod = torch.tensor(1.0) if self.config.set_alpha_to_one else self.alphas_cumprod[0]
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+        """Chooses `num_inference_steps` of the T training timesteps by the config's spacing."""
+        c, T = self.config, self.config.num_train_timesteps
+        check_steps(num_inference_steps, T)
+        chosen = spaced_timesteps(c.timestep_spacing, num_inference_steps, T, c.steps_offset)
+        self.timesteps = torch.tensor(checked_timesteps(chosen, T), device=device)
+        self.num_inference_steps = num_inference_steps
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: Generators = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
+        """x_t -> x_{t - T // n}. model_output is the UNet's answer to (sample, timestep).
+
+        eta: 0 adds no noise (DDIM), 1 as much as DDPM; `variance_noise` gives the noise, else `generator` draws it.
+        use_clipped_model_output: derive eps again from the clipped x0.
+        """
+        t, x_t = int(timestep), sample
+        alpha_bar, alpha_bar_prev = self._alpha_bars(t)
+        x0, eps = self._predict(model_output, x_t, alpha_bar)
+        x0 = self._clip(x0)
+        if use_clipped_model_output:
+            eps = (x_t - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5
+        sigma = eta * self._variance(alpha_bar, alpha_bar_prev) ** 0.5
+        direction = (1 - alpha_bar_prev - sigma**2) ** 0.5 * eps            # Song 2021, eq. 12: "pointing to x_t"
+        x_prev = alpha_bar_prev**0.5 * x0 + direction
+        if eta > 0:
+            x_prev = x_prev + sigma * self._noise(model_output, generator, variance_noise)
+        return SchedulerOutput(x_prev, x0) if return_dict else (x_prev, x0)
+
+    def _alpha_bars(self, t: int) -> tuple[Tensor, Tensor]:
+        if self.num_inference_steps is None:
+            raise ValueError("call set_timesteps before step")
+        previous = t - self.config.num_train_timesteps // self.num_inference_steps
+        return self.alphas_cumprod[t], self.alphas_cumprod[previous] if previous >= 0 else self.final_alpha_cumprod
+
+    def _predict(self, output: Tensor, x_t: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
+        """x0 and eps, whichever of the three the model gives."""
+        a, s = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+        if self.config.prediction_type == "epsilon":
+            return (x_t - s * output) / a, output
+        if self.config.prediction_type == "v_prediction":
+            return a * x_t - s * output, a * output + s * x_t
+        return output, (x_t - a * output) / s
+
+    def _clip(self, x0: Tensor) -> Tensor:
+        c = self.config
+        if c.thresholding:
+            return threshold(x0, c.dynamic_thresholding_ratio, c.sample_max_value)
+        return x0.clamp(-c.clip_sample_range, c.clip_sample_range) if c.clip_sample else x0
+
+    @staticmethod
+    def _variance(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> Tensor:
+        """sigma^2 at eta = 1 (Song 2021, eq. 16)."""
+        return ((1 - alpha_bar_prev) / (1 - alpha_bar)) * (1 - alpha_bar / alpha_bar_prev)
+
+    @staticmethod
+    def _noise(like: Tensor, generator: Generators, given: Tensor | None) -> Tensor:
+        if given is not None and generator is not None:
+            raise ValueError("give either generator or variance_noise")
+        return randn(like.shape, generator, like.device, like.dtype) if given is None else given

@@ -1,0 +1,197 @@
+"""What a trained run can do, in figures: python -m train.evaluate --run out/calligraphy [--judge out/judge]
+
+Read after sample.py. Prints, and writes to RUN/evaluation.html:
+legible    share of samples that an independent judge (train/judge.py) names right, with the character alone and with
+           each hand, and at several strengths of guidance
+memory     distance of each sample to its nearest training picture AFTER affine alignment, beside the distances
+           between the training pictures and those of jittered copies: plain pixel distance cannot tell a shifted
+           copy from a new picture
+control    how far seed, prompt and guidance move the picture
+Shapes: N samples, M training pictures, [N, 1, S, S] in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.folder import PictureFolder, jitter
+from miniclip.weights import read_json, write_json
+from train import report
+from train.common import UserError, flag, grid_columns, parse_flags, pick_device, run, save_grid
+from train.writer import Writer
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    run: str = flag("out/calligraphy", "run folder of train.train_diffusion")
+    data: str = flag("", "training pictures; empty: those that the run names")
+    judge: str = flag("", "a judge's folder (train.judge); empty: no legibility")
+    count: int = flag(20, "samples of each character")
+    steps: int = flag(20, "denoising steps")
+    guidance: float = flag(1.3, "guidance, where it is not what is varied")
+    seed: int = flag(7, "seed of the samples")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
+
+
+def main(cfg: EvaluateConfig) -> None:
+    folder = Path(cfg.run)
+    writer = Writer.load(folder / "model").to(pick_device(cfg.device))
+    settings = read_json(folder / "config.json")
+    data = PictureFolder(cfg.data or settings["data"], size=writer.picture.size, channels=writer.picture.channels,
+                         caption_column=settings["caption_column"])
+    parts, results = [], {}
+    for measure in (legible, memory, control):
+        measured, pieces = measure(writer, data, cfg, folder)
+        results |= measured
+        parts += pieces
+    write_json(folder / "evaluation.json", results)
+    report.write_page(folder / "evaluation.html", "What the run can do", parts)
+    print(f"open {folder / 'evaluation.html'}")
+
+
+def write(writer: Writer, prompts: list[str], cfg: EvaluateConfig, guidance: float | None = None, seed: int = 0) -> Tensor:
+    return writer.write(prompts, cfg.seed + seed, cfg.steps, cfg.guidance if guidance is None else guidance, batch=40)
+
+
+# ------------------------------------------------------------------------------------------------- legible
+
+
+def legible(writer: Writer, data: PictureFolder, cfg: EvaluateConfig, folder: Path) -> tuple[dict, list[str]]:
+    """Shares named right by the judge. Captions are read as a character, then its hand."""
+    if not cfg.judge:
+        print("legibility: skipped (no --judge)")
+        return {}, []
+    if writer.picture.channels != 1:
+        raise UserError("--judge reads grey pictures; this run writes colour")
+    from train.judge import load_judge, name_pictures
+
+    judge = load_judge(cfg.judge)
+    characters = list(dict.fromkeys(caption.split()[0] for caption in writer.captions))
+    strange = [c for c in characters if c not in judge.names]
+    if strange:
+        raise UserError(f"{cfg.judge}: this judge does not know {'、'.join(strange)}")
+
+    def share(prompts: list[str], pictures: Tensor) -> list[bool]:
+        names, _ = name_pictures(judge, pictures)
+        return [name == prompt.split()[0] for name, prompt in zip(names, prompts, strict=True)]
+
+    rows, results, shown = [], {}, []
+    for character in characters:
+        captions = [c for c in writer.captions if c.split()[0] == character]
+        with_hands = [captions[i % len(captions)] for i in range(cfg.count)]
+        alone = writer.completed(character, cfg.count, cfg.seed)
+        for label, prompts in (("alone", alone), ("with each hand", with_hands)):
+            pictures = write(writer, prompts, cfg)
+            right = share(prompts, pictures)
+            results[f"legible {character} {label}"] = sum(right) / len(right)
+            rows.append([character, label, f"{sum(right)} of {len(right)}"])
+            shown.append(pictures)
+    for guidance in (0.0, 1.0, 1.3, 2.0, 3.0):
+        right = share(writer.captions, write(writer, writer.captions, cfg, guidance))
+        results[f"legible at guidance {guidance:g}"] = sum(right) / len(right)
+        rows.append(["each caption once", f"guidance {guidance:g}", f"{sum(right)} of {len(right)}"])
+    right = share(data.captions, data.pictures())
+    rows.append(["training pictures", "", f"{sum(right)} of {len(right)}"])
+    print("\n".join("legible: " + " ".join(row) for row in rows))
+    save_grid(torch.cat(shown), folder / "evaluation_legible.png", columns=cfg.count)
+    return results, [
+        "<h2>Legible</h2><p>Named right by a classifier that never saw this run.</p>",
+        report.picture(folder / "evaluation_legible.png", "Two rows a character: alone, then with each hand in turn"),
+        report.table(rows, ["prompt", "", "named right"]),
+    ]
+
+
+# -------------------------------------------------------------------------------------------------- memory
+
+
+def memory(writer: Writer, data: PictureFolder, cfg: EvaluateConfig, folder: Path) -> tuple[dict, list[str]]:
+    """Are samples copies? Aligned distances, root mean square in grey levels from -1 to 1."""
+    pictures = data.pictures()
+    samples = write(writer, [data.captions[i % len(data.captions)] for i in range(max(20, len(data.captions)))][:60], cfg)
+    copies = jitter(pictures, torch.Generator().manual_seed(cfg.seed))
+    groups = {
+        "samples to nearest training picture": nearest_aligned(samples, pictures),
+        "jittered copies to nearest training picture": nearest_aligned(copies, pictures),
+    }
+    if len(pictures) > 1:
+        groups["training pictures to nearest other"] = nearest_aligned(pictures, pictures, others=True)
+    rows = [[name, f"{d.median():.3f}", f"{d.min():.3f}", f"{d.max():.3f}"] for name, d in groups.items()]
+    print("\n".join(f"memory: {name}: median {median}, from {low} to {high}" for name, median, low, high in rows))
+    results = {f"aligned distance, {name}": d.median().item() for name, d in groups.items()}
+    return results, [
+        "<h2>Memory</h2><p>Distance after the best affine alignment. Samples as near as jittered copies are redrawings "
+        "of a training picture; as far as training pictures are from each other, they are new.</p>",
+        report.table(rows, ["", "median", "least", "most"]),
+    ]
+
+
+def nearest_aligned(pictures: Tensor, bank: Tensor, others: bool = False, candidates: int = 3) -> Tensor:
+    """Distance [N] of each picture to the nearest of the bank, each pair aligned first; `others`: not to itself.
+
+    Blurred pictures choose the `candidates` worth aligning.
+    """
+    def blur(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 9, stride=2, padding=4, count_include_pad=False).flatten(1)
+
+    rough = torch.cdist(blur(pictures), blur(bank))                                 # [N, M]
+    if others:
+        rough.fill_diagonal_(float("inf"))
+    chosen = rough.topk(min(candidates, len(bank) - others), largest=False).indices    # [N, k]
+    k = chosen.shape[1]
+    distances = aligned_distance(bank[chosen.flatten()], pictures.repeat_interleave(k, dim=0))
+    return distances.reshape(-1, k).min(dim=1).values
+
+
+def aligned_distance(moving: Tensor, fixed: Tensor, steps: int = 80) -> Tensor:
+    """Least root mean square difference over affine maps of `moving` [P, C, S, S] onto `fixed`, pair by pair -> [P].
+
+    Found by Adam from the identity, on blurred pictures first so that strokes need not overlap at the start.
+    """
+    P, best = len(moving), torch.full((len(moving),), float("inf"))
+    theta = torch.eye(2, 3).repeat(P, 1, 1).requires_grad_()
+    optimizer = torch.optim.Adam([theta], lr=0.01)
+    with torch.enable_grad():
+        for step in range(steps):
+            warped = F.grid_sample(moving - 1, F.affine_grid(theta, list(moving.shape), align_corners=False),
+                                   align_corners=False) + 1
+            sharp = (warped - fixed).square().flatten(1).mean(1)
+            best = torch.minimum(best, sharp.detach())
+            rough = (F.avg_pool2d(warped, 5, 1, 2) - F.avg_pool2d(fixed, 5, 1, 2)).square().flatten(1).mean(1)
+            loss = rough if step < steps // 2 else sharp
+            optimizer.zero_grad()
+            loss.sum().backward()
+            optimizer.step()
+    return best.sqrt()
+
+
+# ------------------------------------------------------------------------------------------------- control
+
+
+def control(writer: Writer, data: PictureFolder, cfg: EvaluateConfig, folder: Path) -> tuple[dict, list[str]]:
+    """Does each control change the picture? Mean root mean square difference when one is changed alone."""
+    captions = writer.captions[:20]
+    base = write(writer, captions, cfg)
+
+    def change(other: Tensor) -> float:
+        return (base - other).square().flatten(1).mean(1).sqrt().mean().item()
+
+    rows = [["another seed, same prompt", change(write(writer, captions, cfg, seed=1000))],
+            ["another prompt, same seed", change(write(writer, captions[1:] + captions[:1], cfg))],
+            ["no guidance (0), same seed and prompt", change(write(writer, captions, cfg, guidance=0.0))],
+            ["strong guidance (3), same seed and prompt", change(write(writer, captions, cfg, guidance=3.0))]]
+    print("\n".join(f"control: {name}: {value:.3f}" for name, value in rows))
+    seeds = torch.cat([write(writer, captions, cfg, seed=1000 * i) for i in range(3)])
+    save_grid(seeds, folder / "evaluation_seeds.png", columns=len(captions) if len(captions) > 1 else grid_columns(3))
+    return {name: value for name, value in rows}, [
+        "<h2>Control</h2>", report.table([[name, f"{value:.3f}"] for name, value in rows], ["changed", "difference"]),
+        report.picture(folder / "evaluation_seeds.png", "The captions in order, three seeds below each other"),
+    ]
+
+
+if __name__ == "__main__":
+    run(lambda: main(parse_flags(EvaluateConfig, __doc__.split("\n\n")[0])))

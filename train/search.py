@@ -1,0 +1,155 @@
+"""Ask a trained run: which pictures has this name, which name has this picture.
+
+    python -m train.search --run out/herbs --text 薑
+    python -m train.search --run out/herbs --image some.png
+
+Read after train_clip.py, which leaves the run folder. Papers: Radford 2021, section 3.1 (zero-shot by names).
+Shapes: N pictures of the index, M names, E width of the shared space.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.folder import DataError, PictureFolder, read_picture
+from miniclip.weights import WeightsError, load_file, read_json, save_file, write_json
+from train.common import UserError, flag, make_folder, parse_flags, pick_device, run, save_grid
+from train.matcher import Matcher
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    run: str = flag("out/herbs", "run folder of train.train_clip")
+    text: str = flag("", "a name: which pictures are it?")
+    image: str = flag("", "a picture file: what is its name, and what is like it?")
+    names: str = flag("", "names to choose from, separated by commas; else those of training")
+    top: int = flag(5, "how many answers")
+    pictures: str = flag("", "index this folder of pictures first, and search in it")
+    index: str = flag("", "index folder; else RUN/index, or with --pictures RUN/index-NAME")
+    out: str = flag("", "PNG of the hits, best first; else RUN/hits.png")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
+
+
+def main(cfg: SearchConfig) -> None:
+    if bool(cfg.text.strip()) == bool(cfg.image):
+        raise UserError("give either --text or --image")
+    if not 1 <= cfg.top <= 1000:
+        raise UserError(f"--top {cfg.top}: from 1 to 1000")
+    model = Path(cfg.run) / "model"
+    if not model.is_dir():
+        raise UserError(f"--run {cfg.run}: no run folder here (it would hold a folder `model`)")
+    matcher = Matcher.load(model).to(pick_device(cfg.device))
+    folder = Path(cfg.index or Path(cfg.run) / (f"index-{Path(cfg.pictures).name}" if cfg.pictures else "index"))
+    if cfg.pictures:
+        build_index(matcher, cfg.pictures, folder)
+    index = Index.load(folder)
+
+    if cfg.text:
+        query = matcher.embed_texts([cfg.text])[0]                                  # [E]
+    else:
+        query = matcher.embed_pictures(as_floats(cfg.image, matcher.size)[None])[0]
+        names = [n.strip() for n in cfg.names.split(",") if n.strip()] or matcher.captions
+        if names:
+            print("its name:")
+            tell(best(matcher.embed_texts(names), query, cfg.top), names, matcher.model.logit_scale.exp().item())
+        print("pictures like it:")
+    hits = best(index.embeddings, query, cfg.top)
+    tell(hits, [f"{c}  {f}" if c else f for f, c in zip(index.files, index.captions, strict=True)])
+    show(hits, index, Path(cfg.out or Path(cfg.run) / "hits.png"), matcher.size)
+
+
+def best(embeddings: Tensor, query: Tensor, top: int) -> list[tuple[int, float]]:
+    """(place, cosine) of the `top` rows of [N, E] closest to [E], best first. 100,000 rows take milliseconds."""
+    if embeddings.shape[1] != len(query):
+        raise UserError(f"the index has vectors of {embeddings.shape[1]} numbers, the model of {len(query)}: index again")
+    scores = embeddings.to(query.dtype) @ query
+    values, places = scores.topk(min(top, len(scores)))
+    return list(zip(places.tolist(), values.tolist(), strict=True))
+
+
+def tell(hits: list[tuple[int, float]], names: list[str], scale: float | None = None) -> None:
+    """Prints the hits; with a scale also how sure the model is among all names that are shown."""
+    shares = torch.softmax(torch.tensor([score for _, score in hits]) * scale, dim=0).tolist() if scale else None
+    for rank, (place, score) in enumerate(hits):
+        share = f"  {shares[rank]:6.1%}" if shares else ""
+        print(f"  {rank + 1}. {score:+.3f}{share}  {names[place]}")
+
+
+def show(hits: list[tuple[int, float]], index: Index, path: Path, size: int) -> None:
+    """A row of the pictures that were hit. A file that is gone is left out."""
+    pictures = []
+    for place, _ in hits:
+        try:
+            pictures.append(as_floats(index.files[place], size))
+        except DataError as error:
+            print(f"  ({error})")
+    if pictures:
+        make_folder(path.parent)
+        save_grid(torch.stack(pictures), path, columns=min(len(pictures), 10))
+        print(f"the hits as a picture: {path}")
+
+
+def as_floats(path: str, size: int) -> Tensor:
+    """A picture file -> [3, S, S] in -1..1."""
+    return read_picture(path, size, channels=3).float() / 127.5 - 1
+
+
+# ------------------------------------------------------------------------------------------------- the index
+
+
+@dataclass(frozen=True)
+class Index:
+    """Embeddings [N, E] of length 1, with file and caption of each picture."""
+
+    files: list[str]
+    captions: list[str]
+    embeddings: Tensor
+
+    @classmethod
+    def load(cls, folder: Path) -> Index:
+        """The vectors are mapped, not read: opening an index of any size takes no time."""
+        if not (folder / "index.json").exists():
+            raise UserError(f"{folder}: no index here (it would hold index.json); give --pictures FOLDER to make one")
+        lists, tensors = read_json(folder / "index.json"), load_file(folder / "embeddings.safetensors")
+        files, captions, embeddings = lists.get("files"), lists.get("captions"), tensors.get("embeddings")
+        for name, value in (("files", files), ("captions", captions)):
+            if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+                raise WeightsError(f"{folder / 'index.json'}: {name} is not a list of texts")
+        if embeddings is None or embeddings.ndim != 2 or not len(embeddings) == len(files) == len(captions):
+            shape = None if embeddings is None else list(embeddings.shape)
+            raise WeightsError(f"{folder}: {len(files)} files, {len(captions)} captions, embeddings of shape {shape}")
+        return cls(files, captions, embeddings)
+
+
+def save_index(folder: Path, files: list[str], captions: list[str], embeddings: Tensor) -> None:
+    make_folder(folder)
+    save_file({"embeddings": embeddings.contiguous()}, folder / "embeddings.safetensors")
+    write_json(folder / "index.json", {"files": files, "captions": captions})
+
+
+def build_index(matcher: Matcher, pictures: str, folder: Path, batch: int = 256) -> None:
+    """Embeds every picture below a folder, whether it has captions or not, a batch at a time."""
+    try:
+        source = PictureFolder(pictures, size=matcher.size, channels=3)
+        files, captions = [str(e.path) for e in source.entries], source.captions
+    except DataError:
+        files = sorted(str(p) for p in Path(pictures).rglob("*") if p.suffix.lower() in SUFFIXES)
+        captions = [""] * len(files)
+        if not files:
+            raise
+    parts = []
+    for i in range(0, len(files), batch):
+        parts.append(matcher.embed_pictures(torch.stack([as_floats(f, matcher.size) for f in files[i:i + batch]])))
+    save_index(folder, files, captions, torch.cat(parts))
+    print(f"{len(files)} pictures indexed in {folder}")
+
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+if __name__ == "__main__":
+    run(lambda: main(parse_flags(SearchConfig, __doc__.split("\n\n")[0])))
