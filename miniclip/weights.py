@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from miniclip.config import Config
 
@@ -154,11 +155,14 @@ def _short(value: object) -> str:
 # ---- safetensors ----------------------------------------------------------------------------------------------------
 
 
-def load_file(path: str | os.PathLike, mmap: bool = os.name != "nt") -> dict[str, Tensor]:
+def load_file(
+    path: str | os.PathLike, mmap: bool = os.name != "nt", dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """Reads a safetensors file. Tensors come in the order of their bytes in the file.
 
     With `mmap` they are copy-on-write views of the file: nothing is read until it is touched, and writing to a tensor
     changes memory only. Where mapping fails, and on Windows (a mapped file cannot be replaced there), they are read.
+    dtype: floating-point tensors of another dtype are read one by one and cast, so that memory never holds both.
     Raises WeightsError for whatever is not exactly a safetensors file.
     """
     path = _name(path)
@@ -167,14 +171,15 @@ def load_file(path: str | os.PathLike, mmap: bool = os.name != "nt") -> dict[str
         size = os.fstat(file.fileno()).st_size
         start, entries = _read_header(file, size, path)
         mapping = _map(file) if mmap and size > start else None
-        file.seek(start)
+        tensors = {}
         try:
-            return {
-                name: _mapped_tensor(mapping, start + begin, dtype, shape)
-                if mapping is not None
-                else _read_tensor(file, dtype, shape, path)
-                for name, dtype, shape, begin, _ in entries
-            }
+            for name, kind, shape, begin, _ in entries:
+                wanted = dtype if dtype is not None and kind.is_floating_point else kind
+                if mapping is None or wanted is not kind:
+                    tensors[name] = _read_tensor(file, start + begin, kind, shape, path).to(wanted)
+                else:
+                    tensors[name] = _mapped_tensor(mapping, start + begin, kind, shape)
+            return tensors
         except (MemoryError, RuntimeError) as error:
             raise WeightsError(f"{path}: cannot be loaded: {error}") from None
 
@@ -249,7 +254,8 @@ def _mapped_tensor(mapping: mmap_module.mmap, offset: int, dtype: torch.dtype, s
     return torch.frombuffer(mapping, dtype=dtype, count=count, offset=offset).view(shape)
 
 
-def _read_tensor(file: BinaryIO, dtype: torch.dtype, shape: list[int], path: str) -> Tensor:
+def _read_tensor(file: BinaryIO, offset: int, dtype: torch.dtype, shape: list[int], path: str) -> Tensor:
+    file.seek(offset)
     content = bytearray(math.prod(shape) * dtype.itemsize)
     if file.readinto(content) != len(content):
         raise WeightsError(f"{path}: cut off while it was being read")
@@ -330,9 +336,8 @@ def read_pickle(path: str | os.PathLike) -> Any:
         raise
     except Exception as error:  # the reader raises many kinds; none of them may pass as anything else
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        raise WeightsError(
-            f"{path}: not a plain pickle of tensors and numbers; code in pickles is never run, so convert it to safetensors ({reason})"
-        ) from None
+        problem = "not a plain pickle of tensors and numbers; code in pickles is never run, so convert it to safetensors"
+        raise WeightsError(f"{path}: {problem} ({reason})") from None
 
 
 def _plain_tensors(content: Any, path: str) -> dict[str, Tensor]:
@@ -349,11 +354,14 @@ def _plain_tensors(content: Any, path: str) -> dict[str, Tensor]:
 # ---- folders --------------------------------------------------------------------------------------------------------
 
 
-def load_folder(folder: str | os.PathLike, stem: str, variant: str | None = None) -> dict[str, Tensor]:
+def load_folder(
+    folder: str | os.PathLike, stem: str, variant: str | None = None, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """Reads the weights of a model folder: index of shards, else one safetensors file, else one pickle.
 
     stem: "diffusion_pytorch_model" (diffusers) or "model" (transformers, whose pickles say "pytorch_model").
     variant: e.g. "fp16", read from `<stem>.fp16.safetensors` and `<stem>.safetensors.index.fp16.json`.
+    dtype: what floating-point tensors are cast to.
     """
     folder = _name(folder)
     if not os.path.isdir(folder):
@@ -366,16 +374,21 @@ def load_folder(folder: str | os.PathLike, stem: str, variant: str | None = None
     for name in [indices[0], *older, single[0], indices[1], single[1]]:
         path = os.path.join(folder, name)
         if os.path.lexists(path):
-            return _load_shards(folder, name) if name.endswith(".json") else _load_any(path)
+            return _load_shards(folder, name, dtype) if name.endswith(".json") else _load_any(path, dtype)
     tried = ", ".join([*indices[:1], *single])
     raise WeightsError(f"Error no file named {single[1]} found in directory {folder} (looked for {tried})")
 
 
-def _load_any(path: str) -> dict[str, Tensor]:
-    return load_file(path) if path.endswith(".safetensors") else load_pickle(path)
+def _load_any(path: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    if path.endswith(".safetensors"):
+        return load_file(path, dtype=dtype)
+    tensors = load_pickle(path)
+    for name, tensor in tensors.items():  # one at a time, so that memory never holds two whole copies
+        tensors[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+    return tensors
 
 
-def _load_shards(folder: str, index: str) -> dict[str, Tensor]:
+def _load_shards(folder: str, index: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """All shards that an index names. They must lie in the folder itself and hold exactly what the index says."""
     path = os.path.join(folder, index)
     weight_map = read_json(path).get("weight_map")
@@ -386,7 +399,7 @@ def _load_shards(folder: str, index: str) -> dict[str, Tensor]:
             raise WeightsError(f"{path}: weight_map[{_short(tensor)}] = {_short(file)} is not a weight file in this folder")
     state_dict: dict[str, Tensor] = {}
     for file in dict.fromkeys(weight_map.values()):
-        shard = _load_any(os.path.join(folder, file))
+        shard = _load_any(os.path.join(folder, file), dtype)
         for tensor in shard:
             if weight_map.get(tensor) != file:
                 raise WeightsError(f"{path}: {file} holds {_short(tensor)}, which the index does not place there")
@@ -462,6 +475,21 @@ def load_strict(model: nn.Module, state_dict: dict[str, Tensor], source: str, ig
     _refuse_meta(model, source)
 
 
+class _NoInit(TorchFunctionMode):
+    """Leaves out what would fill a tensor with first numbers; on the meta device that costs a second of imports."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        fills = getattr(func, "__module__", None) == "torch.nn.init" and func.__name__.endswith("_")
+        return args[0] if fills and args else func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_numbers() -> Iterator[None]:
+    """Models built inside have shapes but no memory and no first weights: for load_strict to fill."""
+    with torch.device("meta"), _NoInit():
+        yield
+
+
 def _refuse_meta(model: nn.Module, source: str) -> None:
     empty = [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
     if empty:
@@ -507,11 +535,9 @@ class ModelFolder:
         if not os.path.isdir(folder):
             raise WeightsError(f"{folder}: no such folder (models are read from local folders only)")
         config = cls.config_from_folder(read_json(source), source)
-        with torch.device("meta"):
+        with without_numbers():
             model = cls(config).to(dtype)
-        state_dict = model.convert_keys(load_folder(folder, cls.weights_stem, variant))
-        for name, tensor in state_dict.items():  # one at a time, so that a cast never holds two whole copies
-            state_dict[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        state_dict = model.convert_keys(load_folder(folder, cls.weights_stem, variant, dtype))
         load_strict(model, state_dict, folder, cls.ignored_keys)
         return model.eval()
 

@@ -93,6 +93,16 @@ def test_unaligned_data_is_read(tmp_path):
         assert x.tolist() == [1.5, -2.0] and x.data_ptr() % 4 == 0
 
 
+@pytest.mark.parametrize("mmap", [True, False])
+def test_cast_while_reading(tmp_path, mmap):
+    tensors = some_tensors()
+    save_file(tensors, tmp_path / "a.safetensors")
+    for name, tensor in load_file(tmp_path / "a.safetensors", mmap=mmap, dtype=torch.float64).items():
+        floating = tensors[name].is_floating_point()
+        assert tensor.dtype == (torch.float64 if floating else tensors[name].dtype)
+        assert torch.equal(tensor, tensors[name].double() if floating else tensors[name])
+
+
 def test_plain_read_where_mapping_fails(tmp_path, monkeypatch):
     def failing(*args, **kwargs):
         raise OSError("no mapping here")

@@ -33,7 +33,7 @@ class EvaluateConfig:
     judge: str = flag("", "a judge's folder (train.judge); empty: no legibility")
     count: int = flag(20, "samples of each character")
     steps: int = flag(20, "denoising steps")
-    guidance: float = flag(1.3, "guidance, where it is not what is varied")
+    guidance: float = flag(1.5, "guidance, where it is not what is varied")
     seed: int = flag(7, "seed of the samples")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
 
@@ -91,7 +91,7 @@ def legible(writer: Writer, data: PictureFolder, cfg: EvaluateConfig, folder: Pa
             results[f"legible {character} {label}"] = sum(right) / len(right)
             rows.append([character, label, f"{sum(right)} of {len(right)}"])
             shown.append(pictures)
-    for guidance in (0.0, 1.0, 1.3, 2.0, 3.0):
+    for guidance in (0.0, 1.0, 1.5, 2.0, 3.0):
         right = share(writer.captions, write(writer, writer.captions, cfg, guidance))
         results[f"legible at guidance {guidance:g}"] = sum(right) / len(right)
         rows.append(["each caption once", f"guidance {guidance:g}", f"{sum(right)} of {len(right)}"])

@@ -31,7 +31,7 @@ class SampleConfig:
     count: int = flag(20, "how many pictures")
     seed: int = flag(0, "one seed, one set of pictures")
     out: str = flag("out/samples", "folder for 0000.png, 0001.png ... and grid.png")
-    guidance: float = flag(1.3, "0 ignores the prompt, 1 follows it, more exaggerates it")
+    guidance: float = flag(1.5, "0 ignores the prompt, 1 follows it, more exaggerates it")
     steps: int = flag(30, "denoising steps")
     batch: int = flag(20, "pictures at a time")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")

@@ -4,8 +4,9 @@
 
 Read after writer.py. Papers: Ho 2020 (Algorithm 1), Salimans 2022 (v-prediction), Nichol 2021 (cosine schedule),
 Lin 2023 (zero terminal SNR, so that paper comes out white), Ho 2022 (caption dropout for guidance).
-Leaves a run folder: report.html, metrics.jsonl, samples/, config.json, checkpoint.pt (everything needed to go on)
-and model/ (the EMA weights in upstream's layout, all that train.sample needs).
+Leaves a run folder: report.html, metrics.jsonl, speed.jsonl, samples/, config.json, checkpoint.pt and those before it
+(everything needed to go on), best.pt and model/ (the EMA weights in upstream's layout, all that train.sample needs).
+More processes, memory and precision: docs/training.md.
 Shapes: B batch, C picture channels, S picture size, f fold, [B, C*f*f, S/f, S/f] inside the UNet.
 """
 
@@ -13,35 +14,39 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data.folder import PictureFolder, jitter
+from data.folder import PictureFolder, affine
 from miniclip.weights import atomic_write, write_json
 from minidiff import DDPMScheduler
 from train import report
 from train.common import (
     EMA,
+    PRECISIONS,
+    Checkpoints,
     Metrics,
     Progress,
+    RunState,
+    Speed,
     StopFlag,
     UserError,
+    autocast,
     describe_machine,
+    fingerprint,
     flag,
     grid_columns,
-    load_checkpoint,
     make_folder,
     parse_flags,
     pick_device,
     run,
-    save_checkpoint,
     save_grid,
 )
 from train.optim import build_optimizers, set_learning_rate
+from train.parallel import Loss, join, replicate, synchronized
 from train.writer import PRESETS, PictureFormat, Writer, build_writer
 
 
@@ -65,19 +70,28 @@ class TrainConfig:
     caption_drop: float = flag(0.1, "share of pictures trained without caption, for guidance")
     jitter: bool = flag(True, "small random rotations, shifts, scalings")
     flip: bool = flag(False, "mirror half of the pictures; never for writing")
-    samples: int = flag(4, "how many times on the way to write a grid of samples and validate")
-    sample_steps: int = flag(15, "denoising steps for those samples")
-    guidance: float = flag(1.3, "guidance for those samples")
+    samples: int = flag(3, "how many times on the way to write a grid of samples and validate")
+    sample_steps: int = flag(12, "denoising steps for those samples")
+    guidance: float = flag(1.5, "guidance for those samples")
     seed: int = flag(0, "one seed, one result (on one machine, on the CPU)")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
-    resume: bool = flag(False, "go on from the run folder's checkpoint")
+    precision: str = flag("auto", "of the forward pass; auto: bf16 on a GPU that has it, else float32",
+                          choices=PRECISIONS)
+    accumulate: int = flag(1, "go through a batch in so many parts, to save memory")
+    gradient_checkpointing: bool = flag(False, "compute activations twice instead of keeping them, to save memory")
+    compile: bool = flag(False, "torch.compile the UNet: slow to start, then faster, most of all on a GPU")
+    save_every: int = flag(100, "steps between checkpoints, beside those at each evaluation")
+    keep: int = flag(2, "how many checkpoints to keep, beside the best")
+    resume: bool = flag(False, "go on from the run folder's newest good checkpoint")
 
 
 def main(cfg: TrainConfig) -> None:
     check(cfg)
-    # ---- device and data
-    device = pick_device(cfg.device)
-    out = make_folder(cfg.out)
+    # ---- processes, device and data
+    group = join(pick_device(cfg.device))
+    check_shares(cfg, group.size)
+    device, out = group.device, make_folder(cfg.out, write=group.main)
+    amp = autocast(cfg.precision, device)
     folder = PictureFolder(cfg.data, size=cfg.size, channels=cfg.channels, caption_column=cfg.caption_column)
     pictures, captions = folder.pictures().to(device), folder.captions              # [N, C, S, S] in [-1, 1]
 
@@ -88,67 +102,97 @@ def main(cfg: TrainConfig) -> None:
     picture = PictureFormat(cfg.size, cfg.channels, cfg.fold)
     writer = build_writer(PRESETS[cfg.preset], picture, captions, schedule).to(device)
     writer.unet.to(memory_format=torch.channels_last)       # convolutions run faster so, on CPUs and GPUs
+    writer.unet.enable_gradient_checkpointing(cfg.gradient_checkpointing)
+    if cfg.compile:
+        writer.unet.compile()
+    loss_of = replicate(Loss(writer, diffusion_loss), group)
     parameters = sum(p.numel() for p in writer.parameters())
-    print(f"{len(captions)} pictures, {len(writer.captions)} captions; {parameters:,} parameters; "
-          f"{describe_machine(device)}")
+    group.say(f"{len(captions)} pictures, {len(writer.captions)} captions; {parameters:,} parameters; "
+              f"{describe_machine(device)}" + (f", {group.size} processes" if group.size > 1 else ""))
 
     # ---- optimizer and averages
     optimizers = build_optimizers(writer, cfg.optimizer, cfg.lr, cfg.muon_lr)
-    ema = EMA(writer.parameters(), cfg.ema)
+    ema = EMA((p for p in writer.parameters() if p.requires_grad), cfg.ema)
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     dice = torch.Generator().manual_seed(cfg.seed)          # one stream for batches, jitter, timesteps, noise, drops
 
     # ---- resume
-    start, checkpoint = 0, out / "checkpoint.pt"
+    checkpoints = Checkpoints(out, cfg.keep)
+    seen = fingerprint([str(entry.path.relative_to(cfg.data)) for entry in folder.entries], captions)
+    state = RunState(dataclasses.asdict(cfg), seen, writer, ema, optimizers, scaler, dice)
     if cfg.resume:
-        start = restore(checkpoint, cfg, writer, ema, optimizers, dice)
-    metrics = Metrics(out / "metrics.jsonl", resume_at=start if cfg.resume else None)
-    write_json(out / "config.json", dataclasses.asdict(cfg))
+        state.restore(checkpoints.load(group.say), MAY_CHANGE)
+        group.say(f"resumed at step {state.step}")
+    start, resume_at = state.step, state.step if cfg.resume else None
+    metrics = Metrics(out / "metrics.jsonl" if group.main else None, resume_at)
+    speed = Speed(Metrics(out / "speed.jsonl" if group.main else None, resume_at), device, cfg.steps, cfg.batch)
+    if group.main:
+        write_json(out / "config.json", {k: v for k, v in dataclasses.asdict(cfg).items() if k != "resume"})
     check_points = evaluation_steps(cfg)
-    stop, progress, loss_mean, began = StopFlag(), Progress(cfg.steps, start), math.nan, time.monotonic()
+    stop, stopping, progress, loss_mean = StopFlag(), False, Progress(cfg.steps, start), math.nan
 
     # ---- loop: one turn more than there are steps, so that the last evaluation and save are ordinary ones
     for step in range(start, cfg.steps + 1):
-        if step in check_points and (step > start or not cfg.resume):
+        state.step = step
+        evaluating = step in check_points and step != resume_at
+        if evaluating:
             with ema:
-                scores = evaluate(writer, pictures, captions, cfg, out, step)
-                writer.save(out / "model")
-            metrics.add(step=step, seconds=round(time.monotonic() - began, 1), **scores)
-            save_state(checkpoint, cfg, step, writer, ema, optimizers, dice)
-            write_report(out, cfg, metrics, parameters, captions)
-        if step == cfg.steps or stop.set:
+                scores, grid = evaluate(writer, pictures, captions, cfg)
+                if group.main:
+                    save_grid(grid, out / "samples" / f"{step:06d}.png", columns=grid_columns(len(grid)))
+                    writer.save(out / "model")
+            metrics.add(step=step, **scores)
+        if evaluating or stopping or (step % cfg.save_every == 0 and step != resume_at):
+            best = evaluating and scores["val"] < state.best
+            state.best = scores["val"] if best else state.best
+            if group.main:
+                checkpoints.save(state.capture(), best)
+        if (evaluating or step == cfg.steps) and group.main:
+            write_report(out, cfg, metrics, speed, parameters, captions)
+        if step == cfg.steps or stopping:
             break
 
         factor = set_learning_rate(optimizers, step, cfg.steps, cfg.warmup)
-        chosen = draw_batch(len(captions), cfg.batch, dice).to(device)
-        x0 = pictures[chosen]
-        if cfg.jitter:
-            x0 = jitter(x0, dice, flip=cfg.flip)
-        prompts = drop_captions([captions[i] for i in chosen.tolist()], cfg.caption_drop, dice)
-        loss = diffusion_loss(writer, x0, prompts, schedule, dice)
-
+        chosen, moves, told, t, noise = draw(len(captions), writer, cfg, dice)      # of the whole batch
+        prompts = drop_captions([captions[i] for i in chosen.tolist()], told, cfg.caption_drop)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(writer.parameters(), cfg.clip)
-        value, norm = loss.item(), norm.item()
-        if not (math.isfinite(value) and math.isfinite(norm)):
-            raise UserError(f"step {step}: the loss is {value} and the gradient norm {norm}; stopped before the "
-                            f"weights were touched. {checkpoint} holds the last good state: try a lower --muon-lr")
+        parts, value = group.shares(cfg.batch, cfg.accumulate), 0.0
+        for part in parts:
+            x0 = pictures[chosen[part].to(device)]
+            x0 = affine(x0, moves[part], flip=cfg.flip) if cfg.jitter else x0
+            with synchronized(loss_of, now=part is parts[-1]):
+                with amp:
+                    loss = loss_of(x0, prompts[part], schedule, t[part], noise[part]) / len(parts)
+                scaler.scale(loss).backward()
+            value += loss.item()
+
         for optimizer in optimizers:
-            optimizer.step()
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(writer.parameters(), cfg.clip).item()
+        value, asked = group.mean(value, float(stop.set))
+        stopping = asked > 0                                # of any process
+        if not math.isfinite(value) or not (math.isfinite(norm) or scaler.is_enabled()):
+            raise UserError(f"step {step}: the loss is {value} and the gradient norm {norm}; stopped before the weights "
+                            f"were touched. {checkpoints.kept[0]} holds the last good state: try a lower --muon-lr")
+        for optimizer in optimizers:
+            if math.isfinite(norm):                         # else float16 overflowed: the scaler lowers its factor
+                scaler.step(optimizer)
+        scaler.update()
         ema.update(step)
 
         loss_mean = value if math.isnan(loss_mean) else 0.95 * loss_mean + 0.05 * value
         metrics.add(step=step, loss=value, grad_norm=norm, lr=factor)
-        progress.show(step + 1, f"loss {loss_mean:.4f}")
+        speed.add(step)
+        if group.main:
+            progress.show(step + 1, f"loss {loss_mean:.4f}")
     progress.close()
     stop.restore()
 
-    if stop.set and step < cfg.steps:
-        save_state(checkpoint, cfg, step, writer, ema, optimizers, dice)
-        print(f"stopped at step {step}; go on with the same command and --resume")
+    if stopping and step < cfg.steps:
+        group.say(f"stopped at step {step}; go on with the same command and --resume")
     else:
-        print(f"done in {time.monotonic() - began:.0f} s: open {out / 'report.html'}")
+        group.say(f"done in {speed.seconds():.0f} s: open {out / 'report.html'}")
 
 
 def check(cfg: TrainConfig) -> None:
@@ -159,7 +203,7 @@ def check(cfg: TrainConfig) -> None:
         raise UserError(f"--size {cfg.size}: preset {cfg.preset} with --fold {cfg.fold} takes multiples of {multiple}")
     if cfg.size > 2048:
         raise UserError(f"--size {cfg.size}: at most 2048")
-    for name in ("steps", "batch", "sample_steps"):
+    for name in ("steps", "batch", "sample_steps", "accumulate", "save_every", "keep"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
     for name in ("caption_drop", "ema"):
@@ -169,33 +213,47 @@ def check(cfg: TrainConfig) -> None:
         raise UserError(f"--sample-steps {cfg.sample_steps}: at most the 1000 timesteps of training")
 
 
+def check_shares(cfg: TrainConfig, processes: int) -> None:
+    if cfg.batch % (processes * cfg.accumulate):
+        raise UserError(f"--batch {cfg.batch}: cannot be shared evenly among {processes} "
+                        f"{'process' if processes == 1 else 'processes'} times --accumulate {cfg.accumulate}")
+
+
+def draw(n: int, writer: Writer, cfg: TrainConfig, dice: torch.Generator) -> tuple[Tensor, ...]:
+    """All random numbers of a step, for the whole batch, in a fixed order: who trains a part of it takes its rows.
+
+    Indices [B], jitter [B, 6], caption drops [B], timesteps [B], noise [B, C*f*f, S/f, S/f].
+    The B timesteps are spread evenly over the schedule (one in each B-th part): less variance than B free draws.
+    """
+    B, T = cfg.batch, len(writer.scheduler)
+    chosen = draw_batch(n, B, dice)
+    moves = torch.rand(B, 6, generator=dice) if cfg.jitter else torch.empty(B, 6)
+    told = torch.rand(B, generator=dice)
+    even = (torch.randperm(B, generator=dice) + torch.rand(B, generator=dice)) / B
+    noise = torch.randn(B, *writer.code_shape, generator=dice)
+    return chosen, moves, told, (even * T).long().clamp(max=T - 1), noise
+
+
 def draw_batch(n: int, batch: int, dice: torch.Generator) -> Tensor:
     """Indices [batch]: whole shuffled rounds of the pictures first, so that each is seen equally often."""
     rounds = [torch.randperm(n, generator=dice) for _ in range(math.ceil(batch / n))]
     return torch.cat(rounds)[:batch]
 
 
-def drop_captions(prompts: list[str], share: float, dice: torch.Generator) -> list[str]:
+def drop_captions(prompts: list[str], chances: Tensor, share: float) -> list[str]:
     """Some captions become empty, so that guidance has something to guide away from (Ho 2022, Algorithm 1)."""
-    chances = torch.rand(len(prompts), generator=dice).tolist()
-    return ["" if chance < share else prompt for prompt, chance in zip(prompts, chances, strict=True)]
+    return ["" if chance < share else prompt for prompt, chance in zip(prompts, chances.tolist(), strict=True)]
 
 
-def diffusion_loss(writer: Writer, pictures: Tensor, prompts: list[str], schedule: DDPMScheduler,
-                   dice: torch.Generator) -> Tensor:
-    """Mean squared error of the predicted v over a batch: Ho 2020, Algorithm 1, with v in place of eps.
-
-    The B timesteps are spread evenly over the schedule (one in each B-th part): less variance than B free draws.
-    """
+def diffusion_loss(writer: Writer, pictures: Tensor, prompts: list[str], schedule: DDPMScheduler, t: Tensor,
+                   noise: Tensor) -> Tensor:
+    """Mean squared error of the predicted v over a batch: Ho 2020, Algorithm 1, with v in place of eps."""
     x0 = writer.fold(pictures)                                                      # [B, C*f*f, S/f, S/f]
-    B, T = len(x0), len(schedule)
-    even = (torch.randperm(B, generator=dice) + torch.rand(B, generator=dice)) / B
-    t = (even * T).long().clamp(max=T - 1)
-    noise = torch.randn(x0.shape, generator=dice).to(x0.device)
+    noise = noise.to(x0)
     x_t = schedule.add_noise(x0, noise, t).contiguous(memory_format=torch.channels_last)
     v = schedule.get_velocity(x0, noise, t)
     predicted = writer.unet(x_t, t, writer.encode(prompts)).sample
-    return torch.nn.functional.mse_loss(predicted, v)
+    return torch.nn.functional.mse_loss(predicted.to(v), v)
 
 
 def evaluation_steps(cfg: TrainConfig) -> set[int]:
@@ -209,8 +267,8 @@ VALIDATION_TIMESTEPS = (99, 299, 499, 699, 899, 959)
 
 
 @torch.no_grad()
-def evaluate(writer: Writer, pictures: Tensor, captions: list[str], cfg: TrainConfig, out: Path, step: int) -> dict:
-    """Writes a grid of samples; returns validation errors at fixed timesteps and noise beside their lower bound.
+def evaluate(writer: Writer, pictures: Tensor, captions: list[str], cfg: TrainConfig) -> tuple[dict, Tensor]:
+    """Validation errors at fixed timesteps and noise beside their lower bound, and samples [N, C, S, S].
 
     The error is the mean squared error of the predicted x0, in grey levels from -1 to 1. `val_free` is without
     captions, and no predictor without captions can beat `bound` on these pictures. `val` is with captions.
@@ -218,7 +276,6 @@ def evaluate(writer: Writer, pictures: Tensor, captions: list[str], cfg: TrainCo
     writer.eval()
     prompts = writer.captions[:40]
     grid = writer.write(prompts, seed=cfg.seed, steps=cfg.sample_steps, guidance=cfg.guidance)
-    save_grid(grid, out / "samples" / f"{step:06d}.png", columns=grid_columns(len(prompts)))
     chosen = torch.arange(min(len(pictures), 64))
     noise = torch.randn(pictures[chosen].shape, generator=torch.Generator().manual_seed(1))
     errors = {"val": [], "val_free": [], "bound": []}
@@ -236,7 +293,7 @@ def evaluate(writer: Writer, pictures: Tensor, captions: list[str], cfg: TrainCo
     writer.train()
     means = {name: sum(values) / len(values) for name, values in errors.items()}
     by_time = {f"{name}_{t}": values[i] for name, values in errors.items() for i, t in enumerate(VALIDATION_TIMESTEPS)}
-    return {**means, **by_time}
+    return {**means, **by_time}, grid
 
 
 def optimal_denoiser(x_t: Tensor, bank: Tensor, alpha_bar: float) -> Tensor:
@@ -253,37 +310,11 @@ def optimal_denoiser(x_t: Tensor, bank: Tensor, alpha_bar: float) -> Tensor:
 # ---------------------------------------------------------------------------------------- saving and telling
 
 
-def save_state(path: Path, cfg: TrainConfig, step: int, writer: Writer, ema: EMA, optimizers: list,
-               dice: torch.Generator) -> None:
-    save_checkpoint(path, {
-        "config": dataclasses.asdict(cfg), "step": step, "model": writer.state_dict(), "ema": ema.mean,
-        "optimizers": [o.state_dict() for o in optimizers], "dice": dice.get_state(), "rng": torch.get_rng_state(),
-    })
+MAY_CHANGE = ("out", "data", "device", "resume", "samples", "sample_steps", "guidance", "accumulate", "compile",
+              "gradient_checkpointing", "save_every", "keep")
 
 
-MAY_CHANGE = ("out", "data", "device", "resume", "samples", "sample_steps", "guidance")
-
-
-def restore(path: Path, cfg: TrainConfig, writer: Writer, ema: EMA, optimizers: list, dice: torch.Generator) -> int:
-    """Puts everything back as it was; returns the step to go on from. Flags that shape training may not change."""
-    if not path.exists():
-        raise UserError(f"--resume: there is no {path}")
-    state = load_checkpoint(path)
-    for name, value in dataclasses.asdict(cfg).items():
-        if name not in MAY_CHANGE and state["config"].get(name) != value:
-            raise UserError(f"--resume: {path} was trained with {name} = {state['config'].get(name)}, not {value}")
-    writer.load_state_dict(state["model"])
-    for mine, saved in zip(ema.mean, state["ema"], strict=True):
-        mine.copy_(saved)
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    dice.set_state(state["dice"])
-    torch.set_rng_state(state["rng"])
-    print(f"resumed at step {state['step']}")
-    return state["step"]
-
-
-def write_report(out: Path, cfg: TrainConfig, metrics: Metrics, parameters: int, captions: list[str]) -> None:
+def write_report(out: Path, cfg: TrainConfig, metrics: Metrics, speed: Speed, parameters: int, captions: list[str]) -> None:
     losses = smooth(metrics.series("loss"))
     loss_curve = report.curve({"training loss": losses}, "step", "mean squared error of v, smoothed")
     with atomic_write(out / "loss.svg") as file:
@@ -295,7 +326,7 @@ def write_report(out: Path, cfg: TrainConfig, metrics: Metrics, parameters: int,
     grids = sorted((out / "samples").glob("*.png"), reverse=True)
     report.write_page(out / "report.html", f"Learning to write: {Path(cfg.data).name}", [
         f"<p>{len(captions)} pictures, {parameters:,} parameters, step {last['step']} of {cfg.steps}, "
-        f"{last['seconds']:.0f} s.</p>",
+        f"{speed.seconds():.0f} s.</p>",
         report.picture(grids[0], f"Newest samples, {cfg.size} x {cfg.size}, one for each caption: "
                                  + "、".join(list(dict.fromkeys(captions))[:40])),
         "<h2>Training loss</h2>", loss_curve,

@@ -48,13 +48,19 @@ class Writer(nn.Module):
     def unfold(self, x: Tensor) -> Tensor:
         return F.pixel_shuffle(x, self.picture.fold)
 
+    @property
+    def code_shape(self) -> tuple[int, int, int]:
+        """[C*f*f, S/f, S/f]: a picture as the UNet sees it."""
+        side = self.picture.size // self.picture.fold
+        return self.unet.config.in_channels, side, side
+
     def encode(self, prompts: list[str]) -> Tensor:
         """Prompts to what the UNet's cross-attention reads, [B, T, D]; too long a prompt is cut."""
         ids = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         return self.text_encoder(ids.to(self.device)).last_hidden_state
 
     @torch.no_grad()
-    def write(self, prompts: list[str], seed: int = 0, steps: int = 30, guidance: float = 1.3, batch: int = 20,
+    def write(self, prompts: list[str], seed: int = 0, steps: int = 30, guidance: float = 1.5, batch: int = 20,
               progress: Callable[[int], None] | None = None) -> Tensor:
         """One picture for each prompt, [N, C, S, S] in [-1, 1], on the CPU.
 
@@ -71,8 +77,7 @@ class Writer(nn.Module):
 
     def _noise(self, seed: int, index: int) -> Tensor:
         generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
-        side = self.picture.size // self.picture.fold
-        return torch.randn(1, self.unet.config.in_channels, side, side, generator=generator)
+        return torch.randn(1, *self.code_shape, generator=generator)
 
     def _denoise(self, noise: Tensor, prompts: list[str], steps: int, guidance: float) -> Tensor:
         sampler = DDIMScheduler.from_config(self.scheduler.config)
