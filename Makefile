@@ -1,4 +1,5 @@
 # make demo     learn calligraphy from 20 pictures and write, in out/calligraphy
+# make demo-clip   learn which herb is which, in out/herbs, and answer
 # make test     the tests, offline
 # make parity   the tests against diffusers, transformers and open_clip
 # make bench    speed and memory beside diffusers
@@ -17,8 +18,9 @@ BIN := $(VENV)/bin
 endif
 RUN := $(BIN)/python
 DEMO_OUT ?= out/calligraphy
+CLIP_OUT ?= out/herbs
 
-.PHONY: setup demo test parity bench clean
+.PHONY: setup demo demo-clip test parity faults bench clean
 
 setup: $(VENV)/base.stamp
 
@@ -43,6 +45,11 @@ demo: $(VENV)/base.stamp
 	$(RUN) -m train.train_diffusion --data data/calligraphy --out $(DEMO_OUT)
 	$(RUN) -m train.sample --run $(DEMO_OUT) --prompt "春 草書" --count 20 --seed 7 --out $(DEMO_OUT)/written
 
+demo-clip: $(VENV)/base.stamp
+	$(RUN) -m train.train_clip --data data/herbs --out $(CLIP_OUT)
+	$(RUN) -m train.search --run $(CLIP_OUT) --text 薑
+	$(RUN) -m train.search --run $(CLIP_OUT) --image data/herbs/garlic_twitter.png
+
 test: $(VENV)/test.stamp
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest
@@ -50,8 +57,12 @@ test: $(VENV)/test.stamp
 parity: $(VENV)/parity.stamp
 	$(RUN) -m pytest tests/parity
 
+faults: $(VENV)/test.stamp
+	$(RUN) -m tests.faults
+
 bench: $(VENV)/parity.stamp
 	$(RUN) -m tests.bench
+	$(RUN) -m tests.bench.bench_load
 
 clean:
 	$(RUN) -c "import shutil; [shutil.rmtree(d, True) for d in ('$(VENV)', 'out', '.pytest_cache', '.ruff_cache')]"

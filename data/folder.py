@@ -8,6 +8,7 @@ Shapes: N pictures, C channels, H height, W width. Values: uint8 0..255 on disk,
 
 import csv
 import io
+import json
 import math
 import os
 import stat
@@ -156,6 +157,27 @@ def _from_class_folders(root: Path) -> list[Picture]:
     return sorted(pictures, key=lambda p: unicodedata.normalize("NFC", p.path.relative_to(root).as_posix()))
 
 
+def _indexed(root: Path, caption_column: str, index: Path) -> list[Picture]:
+    """list_pictures, which looks at every file, only if the table is not the one that `index` was made of."""
+    table = root / "captions.csv"
+    if not table.is_file():
+        return list_pictures(root, caption_column)
+    info = table.stat()
+    made_of = [str(root.resolve()), caption_column, info.st_size, info.st_mtime_ns]
+    try:
+        kept = json.loads(index.read_text(encoding="utf-8"))
+        if kept["made_of"] == made_of:
+            return [Picture(root / name, caption) for name, caption in kept["pictures"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass                                            # not there yet, or damaged: made again
+    pictures = list_pictures(root, caption_column)
+    rows = [[p.path.relative_to(root).as_posix(), p.caption] for p in pictures]
+    partial = index.with_name(f"{index.name}.{os.getpid()}")
+    partial.write_text(json.dumps({"made_of": made_of, "pictures": rows}, ensure_ascii=False), encoding="utf-8")
+    os.replace(partial, index)
+    return pictures
+
+
 # ---- one picture
 
 def read_picture(path, size, channels: int, fit: str = "pad") -> torch.Tensor:
@@ -244,12 +266,13 @@ class PictureFolder(torch.utils.data.Dataset):
 
     `jitter`: None, or a function [1, C, H, W] -> [1, C, H, W]: functools.partial(jitter, generator=g).
     Pictures are decoded once and kept as uint8 until CACHE_BYTES are full.
+    `index`: a file to keep the list of a large table in; it is read instead while captions.csv stays as it is.
     """
 
-    def __init__(self, root, size=64, channels=1, caption_column="caption", fit="pad", jitter=None):
+    def __init__(self, root, size=64, channels=1, caption_column="caption", fit="pad", jitter=None, index=None):
         self.height, self.width = _check(size, channels, fit)
         self.channels, self.fit, self.jitter = channels, fit, jitter
-        self.entries = list_pictures(root, caption_column)
+        self.entries = _indexed(Path(root), caption_column, Path(index)) if index else list_pictures(root, caption_column)
         self.captions = [entry.caption for entry in self.entries]
         self._cache: dict[int, torch.Tensor] = {}
 
@@ -274,8 +297,48 @@ class PictureFolder(torch.utils.data.Dataset):
         """All pictures without jitter, float32 [N, C, H, W] in -1..1."""
         size = 4 * len(self) * self.channels * self.height * self.width
         if size > STACK_BYTES:
-            raise DataError(f"{len(self)} pictures need {size} bytes at once, the limit is {STACK_BYTES}")
+            raise DataError(f"{len(self)} pictures need {size} bytes at once, the limit is {STACK_BYTES}: "
+                            "train with --stream")
         return torch.stack([self._bytes(index) for index in range(len(self))]).float() / 127.5 - 1
+
+
+class Stream(torch.utils.data.Dataset):
+    """Item s is what step s trains on: (uint8 [rows, C, H, W], their indices [rows], files that are broken).
+
+    Which pictures that are follows from (seed, s) alone: a run goes on in the middle of an epoch, with any number of
+    workers, which draw no random numbers. Each epoch is a new shuffle of all. A broken file gives way to the next
+    in the list. `rows`: the part of a batch to read. For a DataLoader with batch_size=None.
+    """
+
+    def __init__(self, folder: PictureFolder, batch: int, seed: int, steps: int, rows: slice = slice(None)):
+        self.folder, self.batch, self.seed, self.steps, self.rows = folder, batch, seed, steps, rows
+        self.shuffled: tuple[int, torch.Tensor] = (-1, torch.empty(0))
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+        places = range(step * self.batch, (step + 1) * self.batch)[self.rows]
+        broken: list[str] = []
+        found = [self._read(self.index(place), broken) for place in places]
+        return torch.stack([picture for picture, _ in found]), torch.tensor([i for _, i in found]), broken
+
+    def index(self, place: int) -> int:
+        """The picture at a place of the endless list of shuffled epochs."""
+        epoch, place = divmod(place, len(self.folder))
+        if self.shuffled[0] != epoch:
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+            self.shuffled = epoch, torch.randperm(len(self.folder), generator=generator)
+        return int(self.shuffled[1][place])
+
+    def _read(self, index: int, broken: list[str]) -> tuple[torch.Tensor, int]:
+        for i in range(index, index + min(1000, len(self.folder))):
+            i %= len(self.folder)
+            try:
+                return self.folder._bytes(i), i
+            except DataError as error:
+                broken.append(str(error))
+        raise DataError(f"{self.folder.entries[index].path} and the {len(broken) - 1} files after it are all broken")
 
 
 def jitter(pictures: torch.Tensor, generator: torch.Generator, degrees: float = 3.0, translate: float = 0.03,
@@ -286,8 +349,14 @@ def jitter(pictures: torch.Tensor, generator: torch.Generator, degrees: float = 
     `scale` as the log of the factor, `shear` in degrees. Mirrors half of them only if `flip`: a mirrored
     glyph is no glyph. `generator` is a CPU one, so that one seed gives one result on every device.
     """
+    return affine(pictures, torch.rand(len(pictures), 6, generator=generator), degrees, translate, scale, shear, flip)
+
+
+def affine(pictures: torch.Tensor, u: torch.Tensor, degrees: float = 3.0, translate: float = 0.03,
+           scale: float = 0.05, shear: float = 3.0, flip: bool = False) -> torch.Tensor:
+    """`jitter` by numbers already drawn, u [N, 6] in 0..1: who holds a part of a batch takes its part of them."""
     n, _, height, width = pictures.shape
-    u = torch.rand(n, 6, generator=generator) * 2 - 1                                        # [N, 6] in -1..1
+    u = u * 2 - 1                                                                            # [N, 6] in -1..1
     angle, slant = (u[:, 0] * math.radians(degrees)), torch.tan(u[:, 1] * math.radians(shear))
     zoom = torch.exp(-u[:, 2] * scale)  # the map goes from output to input: a larger glyph samples closer
     mirror = torch.where(u[:, 5] < 0, -1.0, 1.0) if flip else torch.ones(n)

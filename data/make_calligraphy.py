@@ -102,7 +102,7 @@ def fetch(package: str, names: list[str], folder: Path):
         (_unpack_debian if kind == "Debian" else _unpack_npm)(package, version, names, Path(scratch), folder)
 
 
-def _run(command: list[str], where: Path, package: str):
+def run_client(command: list[str], where: Path, package: str):
     program = shutil.which(command[0])  # also finds npm.cmd on Windows
     if program is None:
         raise DataError(f"{package}: cannot be fetched, no {command[0]} here; put its files there by hand")
@@ -114,15 +114,15 @@ def _run(command: list[str], where: Path, package: str):
 
 
 def _unpack_debian(package: str, version: str, names: list[str], scratch: Path, folder: Path):
-    _run(["apt-get", "download", package], scratch, package)  # unpacked, not installed: needs no root
-    _run(["dpkg-deb", "-x", next(scratch.glob("*.deb")).name, "files"], scratch, package)
+    run_client(["apt-get", "download", package], scratch, package)  # unpacked, not installed: needs no root
+    run_client(["dpkg-deb", "-x", next(scratch.glob("*.deb")).name, "files"], scratch, package)
     for name in names:
         for path in sorted(scratch.rglob(name))[:1]:
             shutil.copyfile(path, folder / name)
 
 
 def _unpack_npm(package: str, version: str, names: list[str], scratch: Path, folder: Path):
-    _run(["npm", "pack", "--silent", f"{package}@{version}"], scratch, package)  # a tarball: no scripts run
+    run_client(["npm", "pack", "--silent", f"{package}@{version}"], scratch, package)  # a tarball: no scripts run
     with tarfile.open(next(scratch.glob("*.tgz"))) as archive:
         for member in archive:
             name = PurePosixPath(member.name).name  # the name alone: an archive's paths may lead elsewhere

@@ -1,0 +1,121 @@
+"""Makes a benchmark of about 1585 pictures by two artists each, with names in three languages: emoji.
+
+Read after: data/make_calligraphy.py, whose way to fetch it uses. Read before: train/train_clip.py.
+    python -m data.make_emoji --out out/emoji --packages out/packages --fetch
+Only --fetch touches the network, through npm. The same thing drawn by two artists makes an honest test: train on one
+(`--hold-out artist=twitter`), ask about the other. Nothing of it is committed; data/LICENSES.md names the terms.
+"""
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path, PurePosixPath
+
+from data.folder import DataError
+from data.make_calligraphy import run_client
+
+ARTISTS = {"google": "emoji-datasource-google@16.0.0", "twitter": "emoji-datasource-twitter@16.0.0"}
+NAMES = "cldr-annotations-full@48.2.0"
+LANGUAGES = {"zh-Hant": "zh-Hant", "zh-Hans": "zh", "en": "en"}     # column -> CLDR's name of it
+VARIATION = "\ufe0f"            # "draw this as an emoji": in the pictures' names, not in CLDR's
+MAX_MEMBER = 64 * 2**20         # bytes of one file in a package
+
+
+def archive(folder: Path, package: str, download: bool) -> Path:
+    """The package's .tgz in `folder`; fetched if asked for, else DataError says how to get it."""
+    name, _, version = package.rpartition("@")
+    path = folder / f"{name}-{version}.tgz"
+    if not path.is_file() and download:
+        print(f"fetching {package}", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        run_client(["npm", "pack", "--silent", package], folder, package)   # a tarball: no scripts run
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; it is npm's {package}: add --fetch, or put it there")
+    return path
+
+
+def members(path: Path, wanted) -> dict[str, bytes]:
+    """The plain files of a package whose path inside it `wanted` accepts, by that path."""
+    found = {}
+    try:
+        with tarfile.open(path) as package:
+            for member in package:
+                inner = str(PurePosixPath(*PurePosixPath(member.name).parts[1:]))   # without "package/"
+                if member.isfile() and member.size <= MAX_MEMBER and wanted(inner):
+                    found[inner] = package.extractfile(member).read()
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise DataError(f"{path}: not a package that can be read ({error})") from None
+    return found
+
+
+def read_json(files: dict[str, bytes], inner: str, path: Path):
+    try:
+        return json.loads(files[inner].decode("utf-8"))
+    except KeyError:
+        raise DataError(f"{path}: holds no {inner}") from None
+    except ValueError as error:
+        raise DataError(f"{path}: {inner} is not JSON ({error})") from None
+
+
+def read_names(path: Path) -> list[dict[str, str]]:
+    """For each language, emoji -> its name."""
+    inner = [f"annotations/{language}/annotations.json" for language in LANGUAGES.values()]
+    files = members(path, lambda name: name in inner)
+    tables = [read_json(files, name, path)["annotations"]["annotations"] for name in inner]
+    return [{emoji: entry["tts"][0] for emoji, entry in table.items() if "tts" in entry} for table in tables]
+
+
+def choose(emoji: list[dict], tables: list[dict[str, str]]) -> list[tuple[str, list[str]]]:
+    """File name and names of each emoji that both artists drew and that has a name of its own in each language."""
+    chosen, taken = [], [set() for _ in tables]
+    for entry in emoji:
+        sign = "".join(chr(int(code, 16)) for code in entry["unified"].split("-")).replace(VARIATION, "")
+        names = [table.get(sign) for table in tables]
+        drawn = all(entry.get(f"has_img_{artist}") for artist in ARTISTS)
+        if drawn and all(names) and not any(name in used for name, used in zip(names, taken, strict=True)):
+            chosen.append((PurePosixPath(entry["image"]).name, names))
+            for name, used in zip(names, taken, strict=True):
+                used.add(name)
+    return chosen
+
+
+def write(out: Path, chosen: list[tuple[str, list[str]]], packages: dict[str, Path]) -> int:
+    """Writes out/ARTIST_CODE.png and out/captions.csv; returns how many pictures."""
+    out.mkdir(parents=True, exist_ok=True)
+    drawings = {}
+    for artist, path in packages.items():
+        wanted = {f"img/{artist}/64/{image}" for image, _ in chosen}
+        drawings[artist] = {PurePosixPath(k).name: v for k, v in members(path, wanted.__contains__).items()}
+    rows = [[f"{artist}_{image}", *names, artist] for image, names in chosen for artist in ARTISTS
+            if all(image in drawn for drawn in drawings.values())]
+    for file, *_, artist in rows:
+        (out / file).write_bytes(drawings[artist][file.removeprefix(f"{artist}_")])
+    with open(out / "captions.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([["file", *LANGUAGES, "artist"], *rows])
+    return len(rows)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser("python -m data.make_emoji", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/emoji"), help="folder to write (default: %(default)s)")
+    parser.add_argument("--packages", type=Path, default=Path("out/packages"), help="folder with the npm packages")
+    parser.add_argument("--fetch", action="store_true", help="download the packages that are missing (about 150 MB)")
+    args = parser.parse_args(argv)
+    packages = {artist: archive(args.packages, package, args.fetch) for artist, package in ARTISTS.items()}
+    tables = read_names(archive(args.packages, NAMES, args.fetch))
+    index = members(packages["google"], lambda name: name == "emoji.json")
+    chosen = choose(read_json(index, "emoji.json", packages["google"]), tables)
+    print(f"{write(args.out, chosen, packages)} pictures of {len(chosen)} things in {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")  # Chinese on any Windows console
+    try:
+        sys.exit(main())
+    except (DataError, OSError, subprocess.TimeoutExpired) as error:
+        sys.exit(f"error: {error}")
