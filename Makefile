@@ -46,7 +46,7 @@ demo: $(VENV)/base.stamp
 	$(RUN) -m train.sample --run $(DEMO_OUT) --prompt "春 草書" --count 20 --seed 7 --out $(DEMO_OUT)/written
 
 demo-clip: $(VENV)/base.stamp
-	$(RUN) -m train.train_clip --data data/herbs --out $(CLIP_OUT)
+	$(RUN) -m train.train_clip --data data/herbs --hold-out artist=twitter --out $(CLIP_OUT)
 	$(RUN) -m train.search --run $(CLIP_OUT) --text 薑
 	$(RUN) -m train.search --run $(CLIP_OUT) --image data/herbs/garlic_twitter.png
 

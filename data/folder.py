@@ -288,10 +288,13 @@ class PictureFolder(torch.utils.data.Dataset):
     def _bytes(self, index: int) -> torch.Tensor:
         if index in self._cache:
             return self._cache[index]
-        picture = read_picture(self.entries[index].path, (self.height, self.width), self.channels, self.fit)
+        picture = self._decoded(index)
         if (len(self._cache) + 1) * picture.numel() <= CACHE_BYTES:
             self._cache[index] = picture
         return picture
+
+    def _decoded(self, index: int) -> torch.Tensor:
+        return read_picture(self.entries[index].path, (self.height, self.width), self.channels, self.fit)
 
     def pictures(self) -> torch.Tensor:
         """All pictures without jitter, float32 [N, C, H, W] in -1..1."""
@@ -332,10 +335,12 @@ class Stream(torch.utils.data.Dataset):
         return int(self.shuffled[1][place])
 
     def _read(self, index: int, broken: list[str]) -> tuple[torch.Tensor, int]:
+        alone = torch.utils.data.get_worker_info() is None         # of many workers none may fill the memory
+        read = self.folder._bytes if alone else self.folder._decoded
         for i in range(index, index + min(1000, len(self.folder))):
             i %= len(self.folder)
             try:
-                return self.folder._bytes(i), i
+                return read(i), i
             except DataError as error:
                 broken.append(str(error))
         raise DataError(f"{self.folder.entries[index].path} and the {len(broken) - 1} files after it are all broken")

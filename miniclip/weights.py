@@ -479,8 +479,10 @@ class _NoInit(TorchFunctionMode):
     """Leaves out what would fill a tensor with first numbers; on the meta device that costs a second of imports."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        fills = getattr(func, "__module__", None) == "torch.nn.init" and func.__name__.endswith("_")
-        return args[0] if fills and args else func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init" and func.__name__.endswith("_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 @contextmanager
@@ -536,7 +538,8 @@ class ModelFolder:
             raise WeightsError(f"{folder}: no such folder (models are read from local folders only)")
         config = cls.config_from_folder(read_json(source), source)
         with without_numbers():
-            model = cls(config).to(dtype)
+            model = cls(config)
+            model = model if model.dtype == dtype else model.to(dtype)
         state_dict = model.convert_keys(load_folder(folder, cls.weights_stem, variant, dtype))
         load_strict(model, state_dict, folder, cls.ignored_keys)
         return model.eval()

@@ -41,6 +41,8 @@ def test_encode_and_decode():
     t = small()
     assert t.tokenize("The cat") == ["the</w>", "cat</w>"]
     assert t.tokenize("cats") == ["ca", "t", "s</w>"]
+    rivals = [("b", "c"), ("a", "b"), ("bc", "d</w>")]  # the pair learned first wins, wherever it stands
+    assert CLIPTokenizer(build_vocab(rivals), rivals).tokenize("abcd abab") == ["a", "bcd</w>", "ab", "a", "b</w>"]
     assert t.encode("the cat") == [518, 513, 515, 519]
     assert t.decode(t.encode("THE  cat!")) == "<|startoftext|>the cat ! <|endoftext|>"
     assert t.decode(t.encode("THE  cat!"), skip_special_tokens=True) == "the cat !"

@@ -21,7 +21,7 @@ from train.evaluate import aligned_distance, nearest_aligned
 from train.optim import build_optimizers, orthogonalize, set_learning_rate
 from train.sample import SampleConfig
 from train.train_diffusion import TrainConfig, optimal_denoiser
-from train.writer import PictureFormat, Preset, Writer, build_writer
+from train.writer import PRESETS, PictureFormat, Preset, Writer, build_writer
 
 ROOT = Path(__file__).parent.parent
 TINY = TrainConfig(data=str(ROOT / "data" / "calligraphy"), size=16, fold=2, preset="tiny", steps=4, batch=4, samples=1,
@@ -243,6 +243,16 @@ def test_writer_folds_pictures_without_loss() -> None:
     writer = build_writer(Preset((8, 16), (False, True), 1, 32, 1), PictureFormat(16, 1, 4), ["春 草書"], DDPMScheduler())
     pictures = torch.randn(2, 1, 16, 16)
     assert writer.fold(pictures).shape == (2, 16, 4, 4) and torch.equal(writer.unfold(writer.fold(pictures)), pictures)
+
+
+@pytest.mark.parametrize("name", ["small", "base", "large"])
+def test_presets_build_models_that_run(name: str) -> None:
+    preset = PRESETS[name]
+    picture = PictureFormat(2 ** len(preset.block_out_channels), 3, 2)
+    writer = build_writer(preset, picture, ["春 草書"], DDPMScheduler()).eval()
+    with torch.no_grad():
+        x = writer.fold(torch.randn(1, 3, picture.size, picture.size))
+        assert writer.unet(x, 5, writer.encode(["春 草書"])).sample.shape == x.shape
 
 
 def test_optimal_denoiser() -> None:

@@ -27,6 +27,13 @@ def raw_file(path, header, data=b"", length=None):
     return path
 
 
+def overwrite(path, content):
+    """New content in place: to open a file with "wb" ten thousand times costs ten thousand flushes on ext4."""
+    with open(path, "r+b") as file:
+        file.write(content)
+        file.truncate()
+
+
 def entry(dtype="F32", shape=(2,), offsets=(0, 8), **extra):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets), **extra}
 
@@ -220,8 +227,8 @@ HOSTILE = {
 def test_hostile_header(tmp_path, case, mmap):
     header, word = HOSTILE[case]
     path = raw_file(tmp_path / "x.safetensors", header, bytes(8))
-    message = refused(lambda: load_file(path, mmap=mmap), "x.safetensors", word)
-    assert message.isprintable()
+    message = refused(lambda: load_file(path, mmap=mmap), "x.safetensors")
+    assert word in message.split("x.safetensors")[1] and message.isprintable()  # the folder's name holds the word too
 
 
 @pytest.mark.parametrize("length", [0, 1, 10**6, 100_000_001, 2**63, 2**64 - 1])
@@ -274,6 +281,7 @@ def test_fuzzed_headers_load_or_raise_weights_error(tmp_path):
     tokens = [b"{", b"}", b"[", b"]", b",", b":", b'"', b"-1", b"1e999", b"null", b"NaN", b"99999999999999999999", b"\xff",
               b"\\ud800", b'"F64"', b"[]", b"{}", b"0", b"\\", b"true", b"18446744073709551616", b"\x00"]  # fmt: skip
     path = tmp_path / "fuzz.safetensors"
+    path.touch()
     outcomes = {"loaded": 0, "refused": 0}
     for _ in range(10_000):
         mutant = bytearray(header)
@@ -293,8 +301,7 @@ def test_fuzzed_headers_load_or_raise_weights_error(tmp_path):
                 other = rng.randrange(len(mutant) + 1)
                 mutant[at:at] = mutant[other : other + rng.randrange(60)]
         claimed = len(mutant) if rng.random() < 0.9 else rng.choice([0, len(mutant) + 1, 2**rng.randrange(64), length])
-        with open(path, "wb") as file:
-            file.write(struct.pack("<Q", claimed) + mutant + (data if rng.random() < 0.9 else data[: rng.randrange(32)]))
+        overwrite(path, struct.pack("<Q", claimed) + mutant + (data if rng.random() < 0.9 else data[: rng.randrange(32)]))
         try:
             load_file(path, mmap=rng.random() < 0.5)
             outcomes["loaded"] += 1

@@ -8,6 +8,7 @@ Shapes: N pictures or texts, S picture size, E width of the shared space, T text
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,6 +66,13 @@ class Matcher(nn.Module):
         """input_ids and attention_mask [N, T]; too long a text is cut."""
         out = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
         return out.input_ids.to(self.device), out.attention_mask.to(self.device)
+
+    def warn_long(self, texts: list[str]) -> None:
+        """Says on stderr which texts lose their end because the model reads no more tokens."""
+        most = self.tokenizer.model_max_length
+        for text in texts:
+            if (n := len(self.tokenizer.encode(text))) > most:
+                print(f"warning: {text[:60]!r} takes {n} tokens, the model reads {most}; the rest is cut", file=sys.stderr)
 
     @torch.no_grad()
     def embed_pictures(self, pictures: Tensor, batch: int = 256) -> Tensor:

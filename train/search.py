@@ -49,6 +49,7 @@ def main(cfg: SearchConfig) -> None:
     index = Index.load(folder)
 
     if cfg.text:
+        matcher.warn_long([cfg.text])
         query = matcher.embed_texts([cfg.text])[0]                                  # [E]
     else:
         query = matcher.embed_pictures(as_floats(cfg.image, matcher.size)[None])[0]

@@ -1,0 +1,316 @@
+"""Pictures for CLIP: RGB, shortest edge to n, crop the middle, scale, normalise; and the processor with text as well.
+
+Read after tokenizer.py; next weights.py. Pillow is imported only where a Pillow picture or a file comes in.
+Paper: none; the resampling is Pillow's ImagingResample, done here in torch to the last bit, so tensors need no Pillow.
+Mirrors: transformers' CLIPImageProcessor(Pil) and CLIPProcessor; OpenAI's clip.load transform as `.openai(n)`.
+Shapes: C channels, H W height and width in pixels, n the side that the model reads, N pictures.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from miniclip.config import Config, ConfigError
+from miniclip.tokenizer import CLIPTokenizer, Encoding
+from miniclip.weights import read_json, write_json
+
+OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pictures that OpenAI trained on, in 0..1
+OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ImageError(ValueError):
+    """A picture that cannot be read or is of no known kind; one line that names it."""
+
+
+# ---------------------------------------------------------------------------------------------- resampling
+
+
+def bicubic(x: Tensor) -> Tensor:
+    """Keys' cubic with a = -0.5, as Pillow has it; support 2 pixels."""
+    x, a = x.abs(), -0.5
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * a
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+
+
+def bilinear(x: Tensor) -> Tensor:
+    """The triangle; support 1 pixel."""
+    return (1 - x.abs()).clamp_min(0)
+
+
+FILTERS = {2: (bilinear, 1.0), 3: (bicubic, 2.0)}  # Pillow's numbers for resample
+
+
+def resampling_matrix(old: int, new: int, resample: int) -> Tensor:
+    """[new, old] float64: row i holds the weights of the old pixels for new pixel i, whole multiples of 2^-22.
+
+    Pillow widens the filter when it shrinks a picture (antialiasing) and rounds the weights to 22 bits.
+    """
+    kernel, support = FILTERS[resample]
+    scale = old / new
+    stretch = max(scale, 1.0)
+    centers = (torch.arange(new, dtype=torch.float64) + 0.5) * scale                  # [new]
+    low = (centers - support * stretch + 0.5).trunc().clamp_min(0)                    # first pixel under the filter
+    high = (centers + support * stretch + 0.5).trunc().clamp_max(old)                 # one past the last
+    pixels = torch.arange(old, dtype=torch.float64)                                   # [old]
+    weights = kernel((pixels - centers[:, None] + 0.5) * (1.0 / stretch))             # [new, old]
+    weights = weights * ((pixels >= low[:, None]) & (pixels < high[:, None]))
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    fixed = weights * 2**22
+    return (fixed + torch.where(fixed < 0, -0.5, 0.5)).trunc() / 2**22
+
+
+def resize(picture: Tensor, height: int, width: int, resample: int = 3) -> Tensor:
+    """uint8 [C, H, W] -> uint8 [C, height, width], bit for bit what Pillow's Image.resize gives.
+
+    Columns first, then rows, rounded to 8 bits in between: the order of every Pillow up to 12; Pillow 13 turns it
+    round for pictures that lose far more height than width. Sums stay below 2^53, so float64 computes them exactly.
+    """
+    x = picture.to("cpu", torch.float64)                                              # MPS has no float64
+    if width != x.shape[2]:
+        x = (x @ resampling_matrix(x.shape[2], width, resample).T + 0.5).floor().clamp(0, 255)
+    if height != x.shape[1]:
+        x = (resampling_matrix(x.shape[1], height, resample) @ x + 0.5).floor().clamp(0, 255)
+    return x.to(torch.uint8)
+
+
+def center_crop(picture: Tensor, height: int, width: int, rounding: str = "floor") -> Tensor:
+    """[C, H, W] -> [C, height, width] from the middle; what is missing of a small picture is filled with 0.
+
+    rounding: where an odd margin's extra pixel goes. "floor" as transformers, "round" as torchvision (half to even);
+    they differ by one pixel on about a quarter of all aspect ratios.
+    """
+    _, H, W = picture.shape
+    down, right = max(0, height - H), max(0, width - W)
+    if down or right:
+        top, left = ((down + 1) // 2, (right + 1) // 2) if rounding == "floor" else (down // 2, right // 2)
+        picture = torch.nn.functional.pad(picture, (left, right - left, top, down - top))
+        _, H, W = picture.shape
+    top, left = (H - height) // 2, (W - width) // 2
+    if rounding == "round":
+        top, left = round((H - height) / 2), round((W - width) / 2)
+    return picture[:, top : top + height, left : left + width]
+
+
+# -------------------------------------------------------------------------------------------- kinds of pictures
+
+
+def read_image(path: str | os.PathLike) -> Any:
+    """Opens a picture file with Pillow, turned upright as its EXIF tag says. Raises ImageError."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{os.fspath(path)}: not a readable picture: {error}") from None
+
+
+def _is_pillow(image: Any) -> bool:
+    return hasattr(image, "getbands") and hasattr(image, "tobytes")
+
+
+def pillow_to_rgb(image: Any, alpha: str) -> Any:
+    """A Pillow picture of any mode -> mode RGB. alpha: "white" composites on white, otherwise it is dropped."""
+    transparent = "A" in image.getbands() or image.info.get("transparency") is not None
+    if transparent and alpha == "white":
+        from PIL import Image
+
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.convert("RGB")
+
+
+def pillow_to_tensor(image: Any) -> Tensor:
+    """A Pillow picture of mode RGB -> uint8 [3, H, W]."""
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return flat.view(image.height, image.width, 3).permute(2, 0, 1)
+
+
+def array_to_tensor(image: Any) -> Tensor:
+    """A tensor [C, H, W] or [H, W], or a numpy array [H, W, C], [C, H, W] or [H, W] -> uint8 [C, H, W]."""
+    x = image if isinstance(image, Tensor) else torch.from_numpy(image.copy())
+    if x.ndim == 2:
+        x = x[None]
+    elif not isinstance(image, Tensor) and x.ndim == 3 and x.shape[2] in (1, 3, 4):
+        x = x.permute(2, 0, 1)
+    if x.dtype != torch.uint8 or x.ndim != 3 or x.shape[0] not in (1, 3, 4):
+        raise ImageError(f"picture of {x.dtype}, shape {list(x.shape)}: expected uint8 with 1, 3 or 4 channels")
+    return x
+
+
+def tensor_to_rgb(x: Tensor, alpha: str) -> Tensor:
+    """uint8 [1, 3 or 4, H, W] -> [3, H, W], with Pillow's integer arithmetic for a picture on white."""
+    if x.shape[0] == 4 and alpha == "white":
+        color, a = x[:3].to(torch.int64), x[3].to(torch.int64)
+        mixed = (color * a + 255 * (255 - a)) * 128 + 0x4000
+        return ((((mixed >> 8) + mixed) >> 8) >> 7).to(torch.uint8)
+    return x.expand(3, -1, -1) if x.shape[0] == 1 else x[:3]
+
+
+# ------------------------------------------------------------------------------------------------ processors
+
+
+@dataclass(frozen=True)
+class CLIPImageProcessor(Config):
+    """Pictures -> pixel_values [N, 3, n, n]. Fields are those of preprocessor_config.json, defaults upstream's.
+
+    A picture is a Pillow image, a path, a uint8 tensor [C, H, W] or a numpy array. alpha: "white" (transformers 5:
+    composited on white), "drop" (transformers 4), "drop_after_resize" (OpenAI). crop_rounding: see center_crop.
+    """
+
+    do_resize: bool = True
+    size: Any = 224  # {"shortest_edge": n} or n; {"height", "width"} distorts
+    resample: int = 3  # 2 bilinear, 3 bicubic
+    do_center_crop: bool = True
+    crop_size: Any = 224  # {"height", "width"} or n
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    image_mean: tuple[float, ...] = OPENAI_CLIP_MEAN
+    image_std: tuple[float, ...] = OPENAI_CLIP_STD
+    do_convert_rgb: bool = True
+    alpha: str = "white"
+    crop_rounding: str = "floor"
+
+    inert: ClassVar[dict[str, tuple]] = {"use_square_size": (False,), "do_pad": (False, None), "pad_size": (None,)}
+    metadata: ClassVar[frozenset[str]] = frozenset(
+        "image_processor_type feature_extractor_type processor_class default_to_square data_format "
+        "input_data_format device return_tensors disable_grouping image_seq_length".split()
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.size, int):
+            object.__setattr__(self, "size", {"shortest_edge": self.size})
+        if isinstance(self.crop_size, int):
+            object.__setattr__(self, "crop_size", {"height": self.crop_size, "width": self.crop_size})
+        _check_size("size", self.size, ({"shortest_edge"}, {"height", "width"}))
+        _check_size("crop_size", self.crop_size, ({"height", "width"},))
+        known = {"resample": tuple(FILTERS), "alpha": ("white", "drop", "drop_after_resize"),
+                 "crop_rounding": ("floor", "round"), "do_convert_rgb": (True,)}  # fmt: skip
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ConfigError(f"{name} = {getattr(self, name)!r} is not one of {', '.join(map(repr, values))}")
+
+    @classmethod
+    def openai(cls, n: int = 224) -> CLIPImageProcessor:
+        """What OpenAI's clip.load returns as `preprocess`, for a model that reads n x n pixels."""
+        return cls(size=n, crop_size=n, alpha="drop_after_resize", crop_rounding="round")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, subfolder: str | None = None) -> CLIPImageProcessor:
+        """Reads preprocessor_config.json, or the image part of transformers 5's processor_config.json."""
+        folder = os.path.join(folder, subfolder) if subfolder else os.fspath(folder)
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            path = os.path.join(folder, name)
+            if os.path.exists(path):
+                values = read_json(path)
+                values = values.get("image_processor", values)
+                if isinstance(values, dict) and (name.startswith("pre") or "image_mean" in values):
+                    return cls.from_dict(values, path)
+        raise ConfigError(f"{folder}: no preprocessor_config.json or processor_config.json with an image processor")
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes preprocessor_config.json, which transformers 4 and 5 read; ours alone are alpha, crop_rounding."""
+        os.makedirs(folder, exist_ok=True)
+        values = {"image_processor_type": "CLIPImageProcessor", **self.to_dict()}
+        write_json(os.path.join(folder, "preprocessor_config.json"), values)
+
+    def __call__(self, images: Any, return_tensors: str | None = "pt") -> Encoding:
+        """One picture or a list -> pixel_values float32 [N, 3, n, n]; return_tensors=None gives a list of [3, n, n]."""
+        if return_tensors not in (None, "pt"):
+            raise ImageError(f"return_tensors = {return_tensors!r} is not None or 'pt'")
+        batch = isinstance(images, (list, tuple)) or (isinstance(images, Tensor) and images.ndim == 4)
+        pictures = [self.preprocess(image) for image in (images if batch else [images])]
+        if return_tensors == "pt":
+            if len({p.shape for p in pictures}) > 1:
+                raise ImageError(f"pictures of sizes {[list(p.shape[1:]) for p in pictures[:5]]} make no batch")
+            return Encoding(pixel_values=torch.stack(pictures))
+        return Encoding(pixel_values=pictures)
+
+    def preprocess(self, image: Any) -> Tensor:
+        """One picture -> float32 [3, n, n]."""
+        x = self._resized(image)                                                      # uint8 [3, H', W']
+        if self.do_center_crop:
+            x = center_crop(x, self.crop_size["height"], self.crop_size["width"], self.crop_rounding)
+        x = (x.double() * self.rescale_factor).float() if self.do_rescale else x.float()
+        if self.do_normalize:
+            mean, std = torch.tensor(self.image_mean), torch.tensor(self.image_std)
+            x = (x - mean[:, None, None]) / std[:, None, None]
+        return x
+
+    def _resized(self, image: Any) -> Tensor:
+        """Any kind of picture -> RGB uint8 [3, H', W'], resized: Pillow pictures by Pillow, the rest by resize()."""
+        if isinstance(image, (str, os.PathLike)):
+            image = read_image(image)
+        if _is_pillow(image):
+            if self.alpha != "drop_after_resize":
+                image = pillow_to_rgb(image, self.alpha)
+            if self.do_resize:
+                height, width = self._target(image.height, image.width)
+                resample = 0 if image.mode in ("1", "P") else self.resample  # as torchvision: no mixing of indices
+                image = image.resize((width, height), resample=resample)
+            return pillow_to_tensor(image.convert("RGB"))
+        if not isinstance(image, Tensor) and type(image).__module__ != "numpy":
+            raise ImageError(f"{type(image).__name__} is not a picture: give a Pillow image, a path, a tensor or array")
+        x = tensor_to_rgb(array_to_tensor(image), self.alpha)
+        return resize(x, *self._target(*x.shape[1:]), self.resample) if self.do_resize else x
+
+    def _target(self, H: int, W: int) -> tuple[int, int]:
+        if "height" in self.size:
+            return self.size["height"], self.size["width"]
+        n = self.size["shortest_edge"]
+        return (n, int(n * W / H)) if H <= W else (int(n * H / W), n)
+
+
+def _check_size(name: str, size: Any, allowed: tuple[set, ...]) -> None:
+    whole = isinstance(size, dict) and all(type(v) is int and v > 0 for v in size.values())
+    if not whole or set(size) not in allowed:
+        raise ConfigError(f"{name} = {size!r} is not a number of pixels or one of {[sorted(a) for a in allowed]}")
+
+
+class CLIPProcessor:
+    """An image processor and a tokenizer in one: `processor(text=[...], images=[...], padding=True)`."""
+
+    def __init__(self, image_processor: CLIPImageProcessor | None = None, tokenizer: CLIPTokenizer | None = None):
+        self.image_processor = image_processor or CLIPImageProcessor()
+        self.tokenizer = tokenizer
+
+    def __call__(
+        self, text: Any = None, images: Any = None, return_tensors: str | None = "pt", **options: Any
+    ) -> Encoding:
+        """input_ids, attention_mask [N, S] for the text, pixel_values [M, 3, n, n] for the pictures.
+
+        options go to the tokenizer: padding, truncation, max_length. Raises ValueError if both are missing.
+        """
+        if text is None and images is None:
+            raise ValueError("CLIPProcessor: text and images are both missing")
+        if text is not None and self.tokenizer is None:
+            raise ValueError("CLIPProcessor: text was given, but the processor has no tokenizer")
+        out = Encoding()
+        if text is not None:
+            out.update(self.tokenizer(text, return_tensors=return_tensors, **options))
+        if images is not None:
+            out.update(self.image_processor(images, return_tensors=return_tensors))
+        return out
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> CLIPProcessor:
+        return cls(CLIPImageProcessor.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder))
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        self.image_processor.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+
+    def decode(self, ids: Any, **options: Any) -> str:
+        return self.tokenizer.decode(ids, **options)
+
+    def batch_decode(self, rows: Any, **options: Any) -> list[str]:
+        return self.tokenizer.batch_decode(rows, **options)

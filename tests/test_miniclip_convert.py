@@ -1,0 +1,195 @@
+"""miniclip/convert.py without open_clip: archives, families, hostile files, errors of one line."""
+
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+from torch import nn
+
+from miniclip import CLIPConfig, CLIPModel, CLIPTextModel, convert
+from miniclip.config import CLIPResNetConfig
+from miniclip.resnet import CLIPResNetModel
+from miniclip.weights import WeightsError, save_file
+
+TEXT = dict(hidden_size=64, num_attention_heads=1, num_hidden_layers=2, intermediate_size=96, vocab_size=50,
+            max_position_embeddings=9, eos_token_id=49, bos_token_id=48, projection_dim=16)  # fmt: skip
+VISION = dict(hidden_size=128, num_attention_heads=2, num_hidden_layers=1, intermediate_size=80, image_size=16,
+              patch_size=8, projection_dim=16)  # fmt: skip
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated; only the test writes with it
+IDS = torch.tensor([[48, 3, 49, 0], [48, 4, 5, 49]])
+
+
+def tiny():
+    torch.manual_seed(0)
+    return CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=16)).eval()
+
+
+class Tree(nn.Module):
+    """A module tree that holds given tensors under given keys; its forward does nothing with them."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        children = {}
+        for key, tensor in tensors.items():
+            head, _, rest = key.partition(".")
+            if rest:
+                children.setdefault(head, {})[rest] = tensor
+            else:
+                self.register_buffer(head, tensor)
+        for name, inner in children.items():
+            self.add_module(name, Tree(inner))
+
+    def forward(self, x):
+        return x + 1
+
+
+def archive(tensors, path):
+    torch.jit.save(torch.jit.trace(Tree(tensors), torch.zeros(1)), str(path))
+    return path
+
+
+def check(model, reference):
+    assert type(model) is CLIPModel and not model.training
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for a, b in ((model.get_text_features(IDS), reference.get_text_features(IDS)),
+                 (model.get_image_features(pixels), reference.get_image_features(pixels))):  # fmt: skip
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_keys_there_and_back():
+    state = tiny().state_dict()
+    there = convert.to_openai(state)
+    assert "visual.transformer.resblocks.0.attn.in_proj_weight" in there and there["visual.proj"].shape == (128, 16)
+    assert there["text_projection"].shape == (64, 16) and "transformer.resblocks.1.mlp.c_fc.bias" in there
+    back = convert.from_openai(there)
+    assert set(back) == set(state) and all(torch.equal(back[k], state[k]) for k in state)
+
+
+def test_archive_of_openai(tmp_path):
+    model = tiny()
+    numbers = {"input_resolution": torch.tensor(16), "vocab_size": torch.tensor(50)}
+    tensors = {**convert.to_openai(model.state_dict()), **numbers}
+    tensors = {k: v.half() if v.ndim > 1 else v for k, v in tensors.items()}
+    found = convert.read_archive(archive(tensors, tmp_path / "a.pt"))
+    assert set(found) == set(tensors) and all(torch.equal(found[k], tensors[k]) for k in tensors)
+    read = convert.load(tmp_path / "a.pt")
+    for p in model.parameters():
+        p.data = p.data.half().float() if p.ndim > 1 else p.data
+    check(read, model)
+    assert read.config.text_config.hidden_act == "quick_gelu" and read.config.text_config.eos_token_id == 49
+
+
+def test_files_need_a_name(tmp_path, monkeypatch):
+    model = tiny()
+    save_file(convert.to_openai(model.state_dict()), tmp_path / "m.safetensors")
+    with pytest.raises(WeightsError, match="m.safetensors: head count and activation are not in the file.*ViT-H-14"):
+        convert.load(tmp_path / "m.safetensors")
+    with pytest.raises(WeightsError, match="name 'ViT-Z' is not one of"):
+        convert.load(tmp_path / "m.safetensors", "ViT-Z")
+    with pytest.raises(WeightsError, match=r"ViT-B-32 has sizes \(512.*but the file's tensors have \(16"):
+        convert.load(tmp_path / "m.safetensors", "ViT-B-32")
+    monkeypatch.setitem(convert.VIT, "tiny", (16, (16, 8, 128, 1, 64), (64, 2, 1)))
+    check(convert.load(tmp_path / "m.safetensors", "tiny-quickgelu"), model)
+    assert convert.load(tmp_path / "m.safetensors", "tiny").config.vision_config.hidden_act == "gelu"
+    save_file(model.state_dict(), tmp_path / "ours.safetensors")
+    check(convert.load(tmp_path / "ours.safetensors", "tiny-quickgelu"), model)
+    distributed = {"module." + k: v for k, v in convert.to_openai(model.state_dict()).items()}
+    torch.save({"state_dict": distributed}, tmp_path / "e.pt")
+    check(convert.load(tmp_path / "e.pt", "tiny-quickgelu"), model)
+
+
+def test_resnet_archive(tmp_path):
+    torch.manual_seed(0)
+    sizes = dict(vision_layers=(1, 1, 1, 1), vision_width=8, image_size=32, projection_dim=16)
+    config = CLIPResNetConfig(text_config=TEXT, **sizes)
+    model = CLIPResNetModel(config).eval()
+    visual = {k: v for k, v in model.state_dict().items() if k.startswith("visual.")}
+    text = {k: v for k, v in model.state_dict().items() if k not in visual}
+    tensors = {**convert.to_openai(text), **visual}
+    read = convert.load(archive(tensors, tmp_path / "rn.pt"))
+    pixels = torch.randn(2, 3, 32, 32)
+    a, b = (m(input_ids=IDS, pixel_values=pixels, return_loss=True) for m in (read, model))
+    assert torch.allclose(a.logits_per_image, b.logits_per_image, atol=1e-6)
+    assert a.loss.isfinite() and read.config == config
+    read.save_pretrained(tmp_path / "folder")
+    again = convert.load(tmp_path / "folder")(IDS, pixels).logits_per_image
+    assert torch.allclose(again, b.logits_per_image, atol=1e-6)
+    with pytest.raises(ValueError, match="doesn't match model"):
+        read.get_image_features(torch.zeros(1, 3, 64, 64))
+
+
+def test_unknown_family_says_what_was_looked_for(tmp_path):
+    save_file({"encoder.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(WeightsError, match="family not known; looked for visual.class_embedding .*begin encoder"):
+        convert.load(tmp_path / "x.safetensors")
+    with pytest.raises(WeightsError, match="no such file"):
+        convert.load(tmp_path / "missing.pt")
+
+
+def test_folders(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    check(convert.load(tmp_path), model)
+    CLIPTextModel.from_pretrained(tmp_path).save_pretrained(tmp_path / "text")
+    assert type(convert.load(tmp_path / "text")) is CLIPTextModel
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(WeightsError, match="model_type 'gpt2'.*known are clip"):
+        convert.load(tmp_path)
+
+
+def rewritten(source, target, **changes):
+    """A copy of an archive with members replaced; None drops one."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            content = changes.get(name.partition("/")[2], old.read(name))
+            if content is not None:
+                new.writestr(name, content)
+    return target
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_hostile_archives(tmp_path):
+    """No code runs, nothing but WeightsError comes out, and the line names the file."""
+    good = archive(convert.to_openai(tiny().state_dict()), tmp_path / "good.pt")
+    cases = {
+        "evil": {"data.pkl": pickle.dumps(Evil(tmp_path / "ran"), 2)},
+        "builtin": {"data.pkl": b"cbuiltins\neval\n(S'1'\ntR."},
+        "torchload": {"data.pkl": b"ctorch\nload\n(S'x'\ntR."},
+        "garbage": {"data.pkl": b"\x80\x02nonsense"},
+        "empty": {"data.pkl": b""},
+        "number": {"data.pkl": pickle.dumps(3, 2)},
+        "short": {"data/0": b"\0"},
+        "missing": {"data/0": None},
+    }
+    for name, changes in cases.items():
+        path = rewritten(good, tmp_path / f"{name}.pt", **changes)
+        with pytest.raises(WeightsError, match=f"{name}.pt: not a readable TorchScript archive") as caught:
+            convert.load(path)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+    raw = good.read_bytes()
+    for cut in (10, len(raw) // 2, len(raw) - 30):
+        (tmp_path / "cut.pt").write_bytes(raw[:cut])
+        with pytest.raises(WeightsError):
+            convert.load(tmp_path / "cut.pt")
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    tensors = convert.to_openai(tiny().state_dict())
+    del tensors["ln_final.weight"]
+    with pytest.raises(WeightsError, match="1 missing: text_model.final_layer_norm.weight"):
+        convert.load(archive(tensors, tmp_path / "m.pt"))
+    del tensors["text_projection"]
+    with pytest.raises(WeightsError, match="tensor text_projection is missing"):
+        convert.load(archive(tensors, tmp_path / "m.pt"))

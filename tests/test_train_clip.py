@@ -1,0 +1,186 @@
+"""train/train_clip.py and train/search.py: the herb shop end to end, exact resume, chunks, locks, errors in one line."""
+
+import dataclasses
+import math
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from data.folder import DataError
+from miniclip import CLIPModel
+from train import search, train_clip
+from train.common import UserError, load_checkpoint
+from train.matcher import PRESETS, Matcher, Preset
+from train.search import Index, SearchConfig, best, save_index
+from train.train_clip import TrainConfig, stuck, verdict
+
+HERBS = Path(__file__).parent.parent / "data" / "herbs"
+
+
+@pytest.fixture(autouse=True)
+def small_presets(monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", Preset("resnet", 8, (1, 1, 1, 1), 0, 64, 1, 64))
+    monkeypatch.setitem(PRESETS, "vit-tiny", Preset("vit", 32, (1,), 8, 32, 1, 32))
+
+
+def config(out, **more):
+    values = dict(data=str(HERBS), out=str(out), size=32, batch=8, steps=4, warmup=2, checks=0, device="cpu")
+    return TrainConfig(**{**values, **more})
+
+
+def test_the_herb_shop(tmp_path, capsys):
+    """Trains on one artist's drawings; then every name finds its picture and every picture its name."""
+    out = tmp_path / "herbs"
+    train_clip.main(config(out, steps=80, warmup=5, checks=2, hold_out="artist=twitter"))
+    said = capsys.readouterr().out
+    assert "4 pictures, 4 captions, 4 pictures held out" in said
+    assert "R@1 picture to name 1.000, name to picture 1.000 (chance 0.250)" in said.split("step 80:")[1]
+    assert "NOT LEARNING" not in said
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "data:image/png;base64" in page and "薑" in page and "4 pictures held out (artist=twitter)" in page
+    assert len(list((out / "matrix").glob("held_out_*.png"))) == 4
+
+    search.main(SearchConfig(run=str(out), text="大蒜", top=2, device="cpu"))
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("  1. +") and "garlic_" in first
+    assert Image.open(out / "hits.png").width > 32
+    search.main(SearchConfig(run=str(out), image=str(HERBS / "ginger-root_google.png"), device="cpu"))
+    said = capsys.readouterr().out
+    assert any(name in said.splitlines()[1] for name in ("薑", "姜", "ginger"))
+    search.main(SearchConfig(run=str(out), image=str(HERBS / "herb_google.png"), names="garlic, herb", device="cpu"))
+    assert "herb" in capsys.readouterr().out.splitlines()[1]
+
+
+def test_a_folder_of_your_own(tmp_path, capsys):
+    """Class folders instead of a table; another folder indexed, with pictures that have no caption."""
+    for name, color in (("紅", "red"), ("藍", "blue"), ("綠", "green")):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (40 + i, 30), color).save(tmp_path / "mine" / name / f"{i}.png")
+    train_clip.main(config(tmp_path / "run", data=str(tmp_path / "mine"), steps=30))
+    (tmp_path / "other").mkdir()
+    for color in ("blue", "red"):
+        Image.new("RGB", (20, 20), color).save(tmp_path / "other" / f"{color}.png")
+    capsys.readouterr()
+    search.main(SearchConfig(run=str(tmp_path / "run"), text="藍", pictures=str(tmp_path / "other"), device="cpu"))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("2 pictures indexed") and said[1].endswith("blue.png")
+    assert (tmp_path / "run" / "index-other" / "index.json").exists()
+
+
+@pytest.mark.parametrize("preset", ["tiny", "vit-tiny"])
+def test_resumed_run_is_the_same_run(preset, tmp_path):
+    cfg = config(tmp_path / "whole", preset=preset, steps=6, checks=2, ema=0.9, keep=9)
+    train_clip.main(cfg)
+    older = {load_checkpoint(path)["step"]: path for path in (tmp_path / "whole").glob("checkpoint.*.pt")}
+    (tmp_path / "rest").mkdir()
+    shutil.copy(older[sorted(older)[1]], tmp_path / "rest" / "checkpoint.pt")
+    assert 0 < sorted(older)[1] < 6
+    train_clip.main(dataclasses.replace(cfg, out=str(tmp_path / "rest"), resume=True))
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "rest"))
+    assert all(torch.equal(x, b["model"][k]) for k, x in a["model"].items())
+    assert all(torch.equal(x, y) for x, y in zip(a["ema"], b["ema"], strict=True))
+    with pytest.raises(UserError, match="trained with batch = 8, not 6"):
+        train_clip.main(dataclasses.replace(cfg, out=str(tmp_path / "rest"), resume=True, batch=6))
+
+
+def test_chunks_give_the_same_weights(tmp_path):
+    weights = []
+    for chunk in (0, 3):
+        train_clip.main(config(tmp_path / str(chunk), preset="vit-tiny", chunk=chunk, optimizer="adamw"))
+        weights.append(CLIPModel.from_pretrained(tmp_path / str(chunk) / "model").state_dict())
+    for key, value in weights[0].items():
+        if not key.endswith("k_proj.bias"):  # its gradient is 0 but for rounding, which Adam blows up
+            assert torch.allclose(value, weights[1][key], atol=2e-5), key
+
+
+@pytest.mark.parametrize("preset, lock, prefix", [
+    ("vit-tiny", "image", "vision_model."), ("vit-tiny", "text", "text_model."), ("tiny", "image", "image_encoder."),
+])  # fmt: skip
+def test_locked_tower(preset, lock, prefix, tmp_path):
+    """Not a bit of it moves, the statistics of batch norm included."""
+    train_clip.main(config(tmp_path / "a", preset=preset))
+    before = Matcher.load(tmp_path / "a" / "model").model.state_dict()
+    train_clip.main(config(tmp_path / "b", init=str(tmp_path / "a" / "model"), lock=lock))
+    after = Matcher.load(tmp_path / "b" / "model").model.state_dict()
+    changed = {key for key, value in after.items() if not torch.equal(value, before[key])}
+    assert changed and not any(key.startswith(prefix) for key in changed)
+
+
+def test_siglip(tmp_path, capsys):
+    train_clip.main(config(tmp_path, preset="vit-tiny", loss="siglip"))
+    assert "done in" in capsys.readouterr().out
+
+
+def test_it_says_when_nothing_is_learned():
+    cfg, scores = config("x", warmup=2), {"image_to_text_R@1": 0.25, "text_to_image_R@1": 0.25, "image_to_text_chance": 0.25}
+    assert "NOT LEARNING: the loss sits at 2.079, which is ln(batch)" in verdict(52, scores, math.log(8), math.log(8), cfg)
+    assert "4 different captions a batch" in verdict(52, scores, math.log(4), math.log(4), cfg)
+    assert "NOT LEARNING" not in verdict(52, scores, 1.0, math.log(8), cfg)
+    assert not stuck(51, math.log(8), math.log(8), cfg)
+
+
+def table(folder, *rows):
+    folder.mkdir(exist_ok=True)
+    (folder / "captions.csv").write_text("\n".join(["file,name", *rows]), encoding="utf-8")
+    for i in range(3):
+        Image.new("RGB", (8, 8), (90 * i, 0, 0)).save(folder / f"{i}.png")
+    return str(folder)
+
+
+@pytest.mark.parametrize("rows, message", [
+    (["0.png,薑", "9.png,蒜"], "line 3: no such file '9.png'"),
+    (["0.png,薑", "1.png,"], "line 3: empty 'name' for file '1.png'"),
+    (["0.png,薑", "1.png,薑"], "one caption for all pictures"),
+    (["0.png,0.png", "1.png,1.png", "2.png,2.png"], "the captions are file names; are two columns .* swapped"),
+    (["薑,0.png", "蒜,1.png"], "no such file '薑'"),
+])  # fmt: skip
+def test_bad_tables(rows, message, tmp_path):
+    with pytest.raises(DataError, match=message):
+        train_clip.main(config(tmp_path / "out", data=table(tmp_path / "d", *rows), caption_column="name"))
+
+
+@pytest.mark.parametrize("flags, message", [
+    (dict(hold_out="artist"), "must be column=value"),
+    (dict(hold_out="artist=nobody"), "leaves nothing to test; artist holds google, twitter"),
+    (dict(lock="image"), "give --init"),
+    (dict(chunk=2), "batch norm"),
+    (dict(batch=1), "--batch 1: at least 2"),
+    (dict(size=36, preset="vit-tiny"), "a multiple of 8"),
+    (dict(resume=True), "there is no"),
+])  # fmt: skip
+def test_bad_flags(flags, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train_clip.main(config(tmp_path, **flags))
+
+
+def test_a_long_text_is_said_to_be_cut(tmp_path, capsys):
+    data = table(tmp_path / "d", "0.png," + "長 " * 100, "1.png,短")
+    train_clip.main(config(tmp_path / "out", data=data, caption_column="name", preset="vit-tiny"))
+    assert "takes 102 tokens, the model reads 77; the rest is cut" in capsys.readouterr().err
+
+
+def test_bad_questions(tmp_path):
+    for flags, message in ((dict(), "either --text or --image"), (dict(text="a", image="b"), "either"),
+                           (dict(text="a"), "no run folder here"), (dict(text="a", top=0), "--top 0")):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            search.main(SearchConfig(run=str(tmp_path), **flags))
+
+
+def test_a_hundred_thousand_pictures(tmp_path):
+    embeddings = torch.nn.functional.normalize(torch.randn(100_000, 128), dim=1)
+    save_index(tmp_path, [f"{i}.png" for i in range(100_000)], [""] * 100_000, embeddings)
+    began = time.perf_counter()
+    index = Index.load(tmp_path)
+    hits = best(index.embeddings, embeddings[77_777], 5)
+    took = time.perf_counter() - began
+    assert hits[0][0] == 77_777 and hits[0][1] == pytest.approx(1, abs=1e-5) and took < 2
+    with pytest.raises(UserError, match="vectors of 128 numbers, the model of 64"):
+        best(index.embeddings, torch.zeros(64), 5)
+    (tmp_path / "index.json").write_text('{"files": ["a"], "captions": ["b"]}')
+    with pytest.raises(ValueError, match="1 files, 1 captions, embeddings of shape"):
+        Index.load(tmp_path)

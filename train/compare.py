@@ -1,0 +1,58 @@
+"""Runs side by side: python -m train.compare out/a out/b --out out/compare.html
+
+Read after report.py. Reads config.json, metrics.jsonl and speed.jsonl of run folders of either script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import json
+from pathlib import Path
+
+from miniclip.weights import read_json
+from train import report
+from train.common import UserError, run
+
+
+def main(folders: list[str], out: str) -> None:
+    names = dict(zip(folders, short_names(folders), strict=True))
+    runs = {names[folder]: (read_rows(folder, "metrics.jsonl"), read_rows(folder, "speed.jsonl")) for folder in folders}
+    configs = [read_json(Path(folder) / "config.json") for folder in folders]
+    flags = [key for key in dict.fromkeys(key for config in configs for key in config) if key != "out"]
+    differing = [[key, *(config.get(key, "") for config in configs)] for key in flags
+                 if len({str(config.get(key)) for config in configs}) > 1]
+    parts = ["<h2>Where their settings differ</h2>", report.table(differing, ["", *runs])]
+    for name, (rows, _) in runs.items():
+        for line in report.diagnose(rows):
+            print(f"{name}: {line}")
+            parts.append(f'<p class="warning">{html.escape(name)}: {html.escape(line)}</p>')
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    report.write_page(Path(out), " and ".join(runs), [*parts, *report.curves(runs)])
+    print(f"open {out}")
+
+
+def short_names(folders: list[str]) -> list[str]:
+    """The last part of each path, or all of it where two end alike."""
+    ends = [Path(folder).name for folder in folders]
+    return ends if len(set(ends)) == len(ends) else folders
+
+
+def read_rows(folder: str, name: str) -> report.Rows:
+    path = Path(folder) / name
+    if not path.exists():
+        raise UserError(f"{folder}: no run folder (it would hold {name})")
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]       # the last may be torn, if the run goes on
+    try:
+        rows = [json.loads(line) for line in lines]
+        return [row for row in rows if isinstance(row["step"], int)]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: not the rows of a run ({error})") from None
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Runs side by side on one page, and what is wrong with each in words.")
+    parser.add_argument("folders", nargs="+", help="run folders of train.train_diffusion or train.train_clip")
+    parser.add_argument("--out", default="out/compare.html", help="page to write (%(default)s)")
+    arguments = parser.parse_args()
+    run(lambda: main(arguments.folders, arguments.out))
