@@ -12,7 +12,6 @@ import functools
 import gzip
 import heapq
 import html
-import json
 import os
 import re
 import unicodedata
@@ -519,17 +518,6 @@ def _pairs(lines: Iterable[str], source: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def _read_settings(path: str) -> dict[str, Any]:
-    """A small JSON object. Not by read_json, which refuses the 31-digit number that transformers has for "no limit"."""
-    try:
-        values = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise error if isinstance(error, TokenizerError) else TokenizerError(f"{path}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise TokenizerError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return values
-
-
 def _options(folder: str) -> dict[str, Any]:
     """Special tokens, length and extra tokens from the two small files beside a vocabulary."""
     found: dict[str, Any] = {}
@@ -537,7 +525,7 @@ def _options(folder: str) -> dict[str, Any]:
         path = os.path.join(folder, name)
         if not os.path.exists(path):
             continue
-        values = _read_settings(path)
+        values = read_json(path)
         for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
             token = values.get(key)
             token = token.get("content") if isinstance(token, dict) else token

@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from miniclip.tokenizer import SPACE, Tokenizer, TokenizerError, _read_settings, _read_text
+from miniclip.tokenizer import SPACE, Tokenizer, TokenizerError, _read_text
 from miniclip.weights import atomic_write, read_json, write_json
 
 HAN = re.compile(  # what BERT takes for Chinese, each character a word of its own; kana and hangul are not
@@ -114,7 +114,7 @@ class BertTokenizer(Tokenizer):
     def from_pretrained(cls, folder: str | os.PathLike, **options: Any) -> BertTokenizer:
         """Reads vocab.txt, one symbol a line, or tokenizer.json, and tokenizer_config.json beside it."""
         at = lambda name: os.path.join(folder, name)  # noqa: E731
-        settings = _read_settings(at("tokenizer_config.json")) if os.path.exists(at("tokenizer_config.json")) else {}
+        settings = read_json(at("tokenizer_config.json")) if os.path.exists(at("tokenizer_config.json")) else {}
         for key in ("do_lower_case", "strip_accents"):
             if isinstance(settings.get(key), bool):
                 options.setdefault(key, settings[key])

@@ -1,5 +1,6 @@
 from minidiff.config import UNet2DConditionConfig
 from minidiff.ddpm import DDPMScheduler
+from minidiff.pipeline import StableDiffusionPipeline
 from minidiff.samplers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -9,8 +10,11 @@ from minidiff.samplers import (
     PNDMScheduler,
 )
 from minidiff.unet import UNet2DConditionModel
+from minidiff.vae import AutoencoderKL, AutoencoderKLConfig
 
 __all__ = [
+    "AutoencoderKL",
+    "AutoencoderKLConfig",
     "DDIMScheduler",
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",
@@ -18,6 +22,7 @@ __all__ = [
     "EulerDiscreteScheduler",
     "LCMScheduler",
     "PNDMScheduler",
+    "StableDiffusionPipeline",
     "UNet2DConditionConfig",
     "UNet2DConditionModel",
 ]

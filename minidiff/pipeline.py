@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miniclip.model import CLIPTextModel, CLIPTextModelWithProjection
+from miniclip.model import CLIPTextModel, CLIPTextModelWithProjection, ModelOutput
 from miniclip.tokenizer import CLIPTokenizer
 from miniclip.weights import WeightsError, read_json, write_json
 from minidiff import samplers
@@ -28,7 +28,7 @@ from minidiff.convert import load_single_file, scheduler_config
 from minidiff.ddpm import DDPMScheduler
 from minidiff.schedule import Generators, Scheduler, randn
 from minidiff.unet import UNet2DConditionModel
-from minidiff.vae import AutoencoderKL, Output
+from minidiff.vae import AutoencoderKL
 
 SCHEDULERS: dict[str, type[Scheduler]] = {
     "DDPMScheduler": DDPMScheduler,
@@ -48,7 +48,7 @@ Pictures = Any  # a tensor [B, 3, H, W] in 0 to 1, a Pillow picture, or a list o
 
 
 @dataclass
-class StableDiffusionPipelineOutput(Output):
+class StableDiffusionPipelineOutput(ModelOutput):
     images: Any  # list of Pillow pictures, or a tensor
 
 

@@ -46,7 +46,7 @@ class ScheduleConfig(Config):
     trained_betas: tuple[float, ...] | None = None
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
 
-    given: ClassVar[dict[str, Any]] = {}
+    given: ClassVar[dict[str, Any]]
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "scheduler") -> ScheduleConfig:
@@ -58,6 +58,8 @@ class ScheduleConfig(Config):
         return config
 
     def __post_init__(self) -> None:
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        object.__setattr__(self, "given", changed)      # of a config built directly; from_dict knows better
         if self.num_train_timesteps < 1:
             raise ConfigError(f"num_train_timesteps = {self.num_train_timesteps} must be at least 1")
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:

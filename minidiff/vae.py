@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from miniclip.config import Config, ConfigError
+from miniclip.model import ModelOutput
 from miniclip.weights import ModelFolder
 from minidiff.attention import Attention, to_map
 from minidiff.resnet import Downsample2D, ResnetBlock2D, Upsample2D
@@ -63,20 +64,13 @@ class AutoencoderKLConfig(Config):
                 raise ConfigError(f"norm_num_groups = {self.norm_num_groups} does not divide {channels} channels")
 
 
-class Output:
-    """One field that is read as `.name`, `["name"]` or `[0]`, like upstream's outputs."""
-
-    def __getitem__(self, key: str | int) -> Any:
-        return getattr(self, key) if isinstance(key, str) else tuple(vars(self).values())[key]
-
-
 @dataclass
-class AutoencoderKLOutput(Output):
+class AutoencoderKLOutput(ModelOutput):
     latent_dist: DiagonalGaussianDistribution
 
 
 @dataclass
-class DecoderOutput(Output):
+class DecoderOutput(ModelOutput):
     sample: Tensor  # [B, C, H, W], about -1 to 1
 
 

@@ -17,6 +17,7 @@ from minidiff.samplers import (
     PNDMScheduler,
     base,
 )
+from minidiff.samplers.ddim import DDIMConfig
 
 torch.set_num_threads(1)
 
@@ -322,3 +323,10 @@ def test_outputs_read_like_upstreams():
     lcm.set_timesteps(2)
     out = lcm.step(x, lcm.timesteps[0], x)
     assert out[1] is out.denoised
+
+
+def test_a_config_built_directly_travels_as_well():
+    """What differs from the defaults was set on purpose; defaults stay behind."""
+    ddim = DDIMScheduler(DDIMConfig(beta_end=0.012))
+    euler = EulerDiscreteScheduler.from_config(ddim.config)
+    assert euler.config.beta_end == 0.012 and euler.config.timestep_spacing == "linspace"

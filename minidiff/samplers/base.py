@@ -17,21 +17,16 @@ import torch
 from torch import Tensor
 
 from miniclip.config import ConfigError
+from miniclip.model import ModelOutput
 from minidiff.schedule import ScheduleConfig, Scheduler, spaced_timesteps
 
 
 @dataclass
-class SchedulerOutput:
+class SchedulerOutput(ModelOutput):
     """The next, less noisy picture and, where the sampler has it, its guess of x0: as attributes, keys or indices."""
 
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
-
-    def __getitem__(self, key: str | int) -> Tensor:
-        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
-
-    def to_tuple(self) -> tuple[Tensor, ...]:
-        return tuple(value for value in vars(self).values() if value is not None)
 
 
 def checked_timesteps(chosen: Sequence[int], T: int) -> list[int]:
