@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from miniclip.weights import WeightsError, read_json, write_json
-from minidiff import UNet2DConditionConfig, UNet2DConditionModel
+from minidiff import UNet2DConditionConfig, UNet2DConditionModel, trace
 from minidiff.attention import Attention, plain_attention
 from minidiff.config import ConfigError
 
@@ -178,3 +178,11 @@ def test_a_broken_folder_is_one_clear_line(tmp_path) -> None:
     write_json(tmp_path / "config.json", {**config, "layers_per_block": 2})
     with pytest.raises(WeightsError, match="missing"):
         UNet2DConditionModel.from_pretrained(tmp_path)
+
+
+def test_trace_shows_every_stage(capsys) -> None:
+    trace.main(["sdxl", "--size", "32", "--depth", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].split()[-1] == "2,567,463,684"
+    assert any(line.startswith("down_blocks.2") and "[1, 1280, 8, 8]" in line for line in lines)
+    assert lines[-2].startswith("conv_out") and "[1, 4, 32, 32]" in lines[-2]

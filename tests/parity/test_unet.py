@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from minidiff import UNet2DConditionModel
+from minidiff.trace import MODELS
 from tests.parity.compare import assert_same_function, assert_same_keys
 
 TEXT = 24
@@ -148,23 +149,10 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 
 
 FULL = {
-    "sd15": (859_520_964, {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}),
-    "sd21": (865_910_724, {"sample_size": 64, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20),
-                           "use_linear_projection": True}),
-    "sdxl": (2_567_463_684, {
-        "sample_size": 128, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048,
-        "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True, "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816}),
+    "sd15": (859_520_964, MODELS["sd15"]), "sd21": (865_910_724, MODELS["sd21"]), "sdxl": (2_567_463_684, MODELS["sdxl"]),
     "ssd-1b": (1_331_334_404, {
-        "sample_size": 128, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "mid_block_type": "UNetMidBlock2D",
-        "block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048,
-        "transformer_layers_per_block": [1, [2, 2], [4, 4]],
-        "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1], "use_linear_projection": True,
-        "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816}),
+        **MODELS["sdxl"], "mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": [1, [2, 2], [4, 4]],
+        "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1]}),
 }
 
 
