@@ -63,6 +63,7 @@ faults: $(VENV)/test.stamp
 bench: $(VENV)/parity.stamp
 	$(RUN) -m tests.bench
 	$(RUN) -m tests.bench.bench_load
+	$(RUN) -m tests.bench.training
 
 clean:
 	$(RUN) -c "import shutil; [shutil.rmtree(d, True) for d in ('$(VENV)', 'out', '.pytest_cache', '.ruff_cache')]"

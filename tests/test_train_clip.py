@@ -16,7 +16,7 @@ from train import search, train_clip
 from train.common import UserError, load_checkpoint
 from train.matcher import PRESETS, Matcher, Preset
 from train.search import Index, SearchConfig, best, save_index
-from train.train_clip import TrainConfig, stuck, verdict
+from train.train_clip import TrainConfig, stuck, turn_hues, verdict
 
 HERBS = Path(__file__).parent.parent / "data" / "herbs"
 
@@ -124,6 +124,13 @@ def test_it_says_when_nothing_is_learned():
     assert not stuck(51, math.log(8), math.log(8), cfg)
 
 
+def test_hues_leave_grey_alone():
+    ink = torch.rand(6, 1, 4, 4).expand(-1, 3, -1, -1)
+    assert torch.allclose(turn_hues(ink, 0.2, torch.Generator().manual_seed(0)), ink, atol=1e-5)
+    red = torch.zeros(6, 3, 4, 4).index_fill_(1, torch.tensor([1, 2]), 1.0)
+    assert not torch.allclose(turn_hues(red, 0.2, torch.Generator().manual_seed(0)), red, atol=0.05)
+
+
 def table(folder, *rows):
     folder.mkdir(exist_ok=True)
     (folder / "captions.csv").write_text("\n".join(["file,name", *rows]), encoding="utf-8")
@@ -152,6 +159,7 @@ def test_bad_tables(rows, message, tmp_path):
     (dict(batch=1), "--batch 1: at least 2"),
     (dict(size=36, preset="vit-tiny"), "a multiple of 8"),
     (dict(resume=True), "there is no"),
+    (dict(hues=2.0), "--hues 2.0: from 0 to 1"),
 ])  # fmt: skip
 def test_bad_flags(flags, message, tmp_path):
     with pytest.raises(UserError, match=message):

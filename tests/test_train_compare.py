@@ -14,7 +14,8 @@ from train.report import curves, diagnose
 
 
 def rows(loss, steps: int = 200, **more) -> list[dict]:
-    return [{"step": s, "loss": loss(s), "grad_norm": 1.0, "lr": 1.0, **{k: f(s) for k, f in more.items()}} for s in range(steps)]
+    return [{"step": s, "loss": loss(s), "grad_norm": 1.0, "lr": 1.0, **{k: f(s) for k, f in more.items()}}
+            for s in range(steps)]
 
 
 def falling(step: int) -> float:
@@ -23,7 +24,7 @@ def falling(step: int) -> float:
 
 @pytest.mark.parametrize("metrics,words", [
     (rows(falling), ""),
-    (rows(lambda s: max(falling(s), 0.4)), "Plateau: the smoothed loss is 0.4, and was 0.4"),
+    (rows(lambda s: max(math.exp(-s / 10), 0.4)), "Plateau: the smoothed loss is 0.4"),
     (rows(lambda s: math.nan if s == 7 else falling(s)), "Not a number: the loss is nan at step 7 and 1 times"),
     (rows(falling, grad_norm=lambda s: math.inf if s > 197 else 1.0), "gradient norm is inf at step 198 and 2 times"),
     (rows(lambda s: 2.07, 60, blind=lambda s: math.log(8)), "Not learning: the loss sits at 2.079"),
@@ -44,7 +45,8 @@ def test_words(metrics: list[dict], words: str) -> None:
 def test_curves_show_what_is_there() -> None:
     metrics = [{"step": 0, "val": 1.0, "val_99": 0.5, "val_free": 2.0, "val_free_99": 3.0}, *rows(falling)]
     page = "".join(curves({"a": (metrics, [{"step": 1, "pictures_per_second": 2.0, "memory_mib": 5}])}))
-    for title in ("Training loss", "Validation", "Validation by timestep a", "Gradient norm", "Learning rate", "Throughput", "Memory"):
+    for title in ("Training loss", "Validation", "Validation by timestep a", "Gradient norm", "Learning rate", "Throughput",
+                  "Memory"):
         assert f"<h2>{title}</h2>" in page
     assert "timestep 99" in page and "Temperature" not in page
 
@@ -64,10 +66,10 @@ def test_runs_side_by_side(tmp_path: Path, capsys) -> None:
     c = run_folder(tmp_path / "y" / "b", rows(falling), lr=0.2)
     compare.main([a, b], str(tmp_path / "new" / "page.html"))
     page = (tmp_path / "new" / "page.html").read_text(encoding="utf-8")
-    assert ">甲</text>" in page and ">b</text>" in page and "<td>lr</td><td>0.1</td><td>0.2</td>" in page
+    assert "甲</text>" in page and "b</text>" in page and "<td>lr</td><td>0.1</td><td>0.2</td>" in page
     assert "<td>steps</td>" not in page and "b: Plateau" in page and "b: Plateau" in capsys.readouterr().out
     compare.main([b, c], str(tmp_path / "page.html"))
-    assert f">{c}</text>" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f"{c}</text>" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_no_run_folder(tmp_path: Path) -> None:

@@ -8,17 +8,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
+import re
 import signal
 import sys
 import time
 import typing
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
@@ -36,9 +41,16 @@ def flag(default: Any, help: str, **more: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but for empty ones."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in ("", None) else super()._get_help_string(action)
+
+
 def parse_flags(config_class: type, description: str, argv: list[str] | None = None) -> Any:
     """A dataclass's fields as flags: `jitter: bool = True` gives --jitter and --no-jitter."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=Help)
     hints = typing.get_type_hints(config_class)
     for f in dataclasses.fields(config_class):
         name, kind = "--" + f.name.replace("_", "-"), hints[f.name]
@@ -66,10 +78,14 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(_fail("out of memory on the device: try a smaller --batch or --preset"))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted", 130))
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _fail(message: str, status: int = 2) -> int:
-    print(f"\nerror: {' '.join(message.split())}", file=sys.stderr)
+    who = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""        # one of torchrun's
+    print(f"\nerror{who}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return status
 
 
@@ -88,14 +104,54 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def make_folder(path: str | Path) -> Path:
-    """Creates an output folder and proves that it can be written before any work starts."""
+PRECISIONS = ("auto", "float32", "bf16", "fp16")
+
+
+def autocast(precision: str, device: torch.device) -> torch.amp.autocast:
+    """A context for forward passes: bf16 and fp16 where they are safe, float32 elsewhere in it; off for float32."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    if precision == "fp16" and device.type == "mps":
+        raise UserError("--precision fp16: Apple's GPU has no loss scaling here; take float32 or bf16")
+    dtype = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def make_folder(path: str | Path, write: bool = True) -> Path:
+    """Creates an output folder, proves that it can be written, and removes what a killed run left half written."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path / "writable"):
-        pass
-    (path / "writable").unlink()
+    if write:
+        with atomic_write(path / "writable"):
+            pass
+        (path / "writable").unlink()
+        for left in path.rglob(".*.tmp"):
+            if re.fullmatch(r"\..*\.[0-9a-f]{12}\.tmp", left.name):      # the temporary names of atomic_write
+                left.unlink(missing_ok=True)
     return path
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Of a tensor that FSDP shares out (a DTensor), this process's part; any other as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(value: Any) -> Any:
+    """A nested state with every shared out tensor put together again; all processes have to call it."""
+    if isinstance(value, dict):
+        return {k: whole(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(whole, value))
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def shared_like(value: Tensor, like: Tensor) -> Tensor:
+    """The opposite of `whole`, for a tensor of the shape of `like`."""
+    if not hasattr(like, "device_mesh") or value.shape != like.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 
 class EMA:
@@ -110,7 +166,7 @@ class EMA:
 
     def update(self, step: int) -> None:
         keep = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.mean, [p.detach() for p in self.parameters], 1 - keep)
+        torch._foreach_lerp_([*map(local, self.mean)], [local(p.detach()) for p in self.parameters], 1 - keep)
 
     def __enter__(self) -> None:
         """Within `with ema:` the model holds the means."""
@@ -126,15 +182,27 @@ class EMA:
             p.copy_(value)
 
 
+# ---- checkpoints
+
+
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Written beside its place and then moved there: a kill never leaves half a file under the good name."""
-    with atomic_write(path) as file:
-        torch.save(state, file)
+    """Written beside its place, synced, and then moved there: a kill never leaves half a file under the good name."""
+    try:
+        with atomic_write(path) as file:
+            torch.save(state, file)
+    except RuntimeError as error:           # what torch makes of a disk that is full
+        raise UserError(f"{path}: cannot be written: {str(error).splitlines()[0]}") from None
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Tensors and plain values only; a pickle that would run code is refused."""
+    """Tensors and plain values only; a pickle that would run code is refused, and so is one with a changed byte."""
     state = read_pickle(path)
+    try:
+        damaged = zipfile.ZipFile(path).testzip()
+    except Exception as error:              # noqa: BLE001  zipfile raises nearly anything on a damaged archive
+        damaged = type(error).__name__
+    if damaged:
+        raise UserError(f"{path}: damaged, its checksums are wrong ({damaged})")
     parts = ("model", "optimizers", "ema", "step", "config")
     missing = [name for name in parts if not isinstance(state, dict) or name not in state]
     if missing:
@@ -142,22 +210,130 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-class Metrics:
-    """One JSON object a line in `metrics.jsonl`; `rows` holds them all, those of a resumed run included."""
+class Checkpoints:
+    """The last `keep` checkpoints of a run (checkpoint.pt, the one before checkpoint.1.pt, ...) and best.pt."""
 
-    def __init__(self, path: Path, resume_at: int | None = None):
-        self.path, self.rows = path, []
+    def __init__(self, folder: Path, keep: int):
+        self.folder = folder
+        self.arriving, self.best = folder / "checkpoint.new.pt", folder / "best.pt"
+        self.kept = [folder / (f"checkpoint.{i}.pt" if i else "checkpoint.pt") for i in range(keep)]
+
+    def save(self, state: dict[str, Any], best: bool) -> None:
+        """The older ones move only when the new one is whole and on the disk, so a kill never costs one."""
+        self.settle()
+        if best:
+            save_checkpoint(self.best, state)
+        save_checkpoint(self.arriving, state)
+        self.settle()
+
+    def settle(self) -> None:
+        """Moves every checkpoint one place on, if a new one has arrived: perhaps in an earlier life of the run."""
+        if self.arriving.exists():
+            for younger, older in reversed(list(zip(self.kept, self.kept[1:]))):
+                if younger.exists():
+                    os.replace(younger, older)
+            os.replace(self.arriving, self.kept[0])
+
+    def load(self, say: Callable[[str], None]) -> dict[str, Any]:
+        """The newest that is whole; each that is not costs a line."""
+        older = sorted(self.folder.glob("checkpoint.[0-9]*.pt"), key=lambda path: int(path.name.split(".")[1]))
+        problem = f"there is no {self.kept[0]}"
+        for path in (self.arriving, self.kept[0], *older, self.best):
+            if path.exists():
+                try:
+                    return load_checkpoint(path)
+                except (UserError, WeightsError) as error:
+                    problem = str(error)
+                    say(f"warning: {problem}; trying the checkpoint before it")
+        raise UserError(f"--resume: {problem}")
+
+
+@dataclasses.dataclass
+class RunState:
+    """All that a run is at the start of a step: what a checkpoint holds and what --resume puts back."""
+
+    config: dict[str, Any]
+    data: dict[str, int]                # fingerprint of the data
+    model: nn.Module
+    ema: EMA
+    optimizers: list[torch.optim.Optimizer]
+    scaler: torch.amp.GradScaler
+    dice: torch.Generator
+    step: int = 0
+    best: float = math.inf              # lowest validation error so far
+
+    def capture(self) -> dict[str, Any]:
+        frozen = {name for name, p in self.model.named_parameters() if not p.requires_grad}
+        return {
+            "config": {k: v for k, v in self.config.items() if k != "resume"}, "data": self.data, "step": self.step,
+            "best": self.best, "model": whole({k: v for k, v in self.model.state_dict().items() if k not in frozen}),
+            "ema": whole(self.ema.mean), "optimizers": [whole(o.state_dict()) for o in self.optimizers],
+            "scaler": self.scaler.state_dict(), "dice": self.dice.get_state(), "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        }
+
+    def restore(self, state: dict[str, Any], may_change: tuple[str, ...]) -> None:
+        """Refuses flags and data that shape training and are not those of the checkpoint."""
+        for name, value in self.config.items():
+            if name not in may_change and state["config"].get(name, value) != value:
+                raise UserError(f"--resume: this run was trained with {name} = {state['config'][name]}, not {value}")
+        if state.get("data", self.data) != self.data:
+            raise UserError(f"--resume: the data is not what this run was trained on ({state['data']}, now {self.data})")
+        mine = self.model.state_dict()
+        weights = {name: shared_like(value, mine[name]) if name in mine else value for name, value in state["model"].items()}
+        wrong = self.model.load_state_dict(weights, strict=False)
+        frozen = {name for name, p in self.model.named_parameters() if not p.requires_grad}
+        if wrong.unexpected_keys or set(wrong.missing_keys) - frozen:
+            raise UserError(f"--resume: the checkpoint holds another model ({str(wrong)[:200]})")
+        for mine, saved in zip(self.ema.mean, state["ema"], strict=True):
+            mine.copy_(shared_like(saved, mine))
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+            for p, values in optimizer.state.items():
+                values.update({k: shared_like(v, p) for k, v in values.items() if isinstance(v, Tensor)})
+        self.scaler.load_state_dict(state.get("scaler", {})) if self.scaler.is_enabled() else None
+        self.dice.set_state(state["dice"])
+        torch.set_rng_state(state["rng"])
+        if state.get("cuda_rng") is not None and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(state["cuda_rng"])
+        self.step, self.best = state["step"], state.get("best", math.inf)
+
+
+def fingerprint(names: list[str], captions: list[str]) -> dict[str, int]:
+    """What must not change between a run and its continuation: which pictures, under which captions."""
+    return {"pictures": len(names), "checksum": zlib.crc32("\n".join([*names, *captions]).encode("utf-8", "replace"))}
+
+
+# ---- what a run tells
+
+
+class Metrics:
+    """One JSON object a line in a file; `rows` holds them all, those of a resumed run included.
+
+    A checkpoint of step s is taken before s trains and after s is evaluated: on resuming, of step s the rows without
+    a loss stay, and so does all before. What only looks on (`path` None) writes nothing.
+    """
+
+    def __init__(self, path: Path | None, resume_at: int | None = None):
+        self.path, self.rows, self.file = path, [], None
+        if path is None:
+            return
         if resume_at is not None and path.exists():
-            rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-            self.rows = [row for row in rows if row["step"] < resume_at]
+            whole = [line for line in path.read_text(encoding="utf-8").split("\n")[:-1]]   # the last may be torn
+            rows = map(json.loads, whole)
+            self.rows = [r for r in rows if r["step"] < resume_at or r["step"] == resume_at and "loss" not in r]
         with atomic_write(path) as file:
             file.write("".join(map(self._line, self.rows)).encode("utf-8"))
-        self.file: TextIO = path.open("a", encoding="utf-8", newline="\n")
+        self.file: TextIO | None = path.open("a", encoding="utf-8", newline="\n")
 
     def add(self, **row: Any) -> None:
         self.rows.append(row)
-        self.file.write(self._line(row))
-        self.file.flush()
+        if self.file is not None:
+            try:
+                self.file.write(self._line(row))
+                self.file.flush()
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
 
     @staticmethod
     def _line(row: dict[str, Any]) -> str:
@@ -165,6 +341,41 @@ class Metrics:
 
     def series(self, name: str) -> list[tuple[int, float]]:
         return [(row["step"], row[name]) for row in self.rows if name in row]
+
+
+class Speed:
+    """What no two runs share: seconds, pictures a second and memory, about a hundred times in a run, in a file apart."""
+
+    def __init__(self, metrics: Metrics, device: torch.device, steps: int, batch: int):
+        self.metrics, self.device, self.batch, self.every = metrics, device, batch, max(1, steps // 100)
+        self.before = metrics.rows[-1]["seconds"] if metrics.rows else 0.0          # of the run that is resumed
+        self.began = self.last = time.monotonic()
+        self.last_step: int | None = None
+
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.began
+
+    def add(self, step: int) -> None:
+        if self.last_step is None:                  # the first step warms up: it is not counted
+            self.last, self.last_step = time.monotonic(), step
+        elif step - self.last_step >= self.every:
+            now = time.monotonic()
+            rate = (step - self.last_step) * self.batch / (now - self.last)
+            self.metrics.add(step=step, seconds=round(self.seconds(), 1), pictures_per_second=round(rate, 2),
+                             memory_mib=round(peak_memory(self.device) / 2**20))
+            self.last, self.last_step = now, step
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on a GPU what tensors took at most; else what the whole process took, where the system tells (not Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Progress:

@@ -4,16 +4,17 @@
 
 Read after matcher.py; search.py asks the result. Papers: Radford 2021, section 2 (loss, temperature, schedule);
 Zhai 2023 (SigLIP); Gao 2021 (large batches in chunks).
-Leaves a run folder: report.html, metrics.jsonl, matrix/, config.json, checkpoint.pt (everything needed to go on),
-model/ (all that train.search needs) and index/ (the pictures' embeddings).
+Leaves a run folder: report.html, metrics.jsonl, speed.jsonl, matrix/, config.json, checkpoint.pt and those before it
+(everything needed to go on), best.pt, model/ (all that train.search needs) and index/ (the pictures' embeddings).
+More processes and precision: docs/training.md.
 Shapes: B batch, N pictures, M captions, S picture size, E width of the shared space.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import html
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,22 +28,27 @@ from miniclip.weights import write_json
 from train import report
 from train.common import (
     EMA,
+    PRECISIONS,
+    Checkpoints,
     Metrics,
     Progress,
+    RunState,
+    Speed,
     StopFlag,
     UserError,
+    autocast,
     describe_machine,
+    fingerprint,
     flag,
-    load_checkpoint,
     make_folder,
     parse_flags,
     pick_device,
     run,
-    save_checkpoint,
     save_picture,
 )
 from train.matcher import PRESETS, Matcher, build_matcher
 from train.optim import build_optimizers, set_learning_rate
+from train.parallel import Group, Loss, join, replicate
 from train.search import save_index
 
 
@@ -58,7 +64,7 @@ class TrainConfig:
     lock: str = flag("none", "tower of --init that stays as it is", choices=("none", "image", "text"))
     loss: str = flag("infonce", "infonce, or siglip: every pair for itself", choices=("infonce", "siglip"))
     steps: int = flag(150, "optimizer steps")
-    batch: int = flag(32, "pairs a step; a small set is repeated, never twice the same picture under jitter")
+    batch: int = flag(16, "pairs a step; a small set is repeated, each time jittered anew")
     chunk: int = flag(0, "hold only so many pairs in memory, same gradients; 0 holds all")
     optimizer: str = flag("muon", "muon (learns faster) or adamw", choices=("muon", "adamw"))
     lr: float = flag(1e-3, "peak learning rate of AdamW")
@@ -67,102 +73,155 @@ class TrainConfig:
     ema: float = flag(0.0, "largest decay of the weights' running mean; 0 for none")
     clip: float = flag(1.0, "clip the gradient's norm to this")
     jitter: bool = flag(True, "random rotations, shifts, scalings, and changes of colour")
+    hues: float = flag(0.0, "how far colours turn into others, such as 0.3: for names that do not depend on them")
     flip: bool = flag(False, "mirror half of the pictures")
+    shuffle_captions: bool = flag(False, "a control: deal the captions out at random once; then held out is chance")
     checks: int = flag(6, "how many times on the way to measure R@1 and draw the matrix")
     seed: int = flag(0, "one seed, one result (on one machine, on the CPU)")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
-    resume: bool = flag(False, "go on from the run folder's checkpoint")
+    threads: int = flag(0, "CPU threads; 0: one for a tiny preset, whose operations are too small to share, else all")
+    precision: str = flag("auto", "of the forward pass; auto: bf16 on a GPU that has it, else float32",
+                          choices=PRECISIONS)
+    save_every: int = flag(100, "steps between checkpoints, beside those at each evaluation")
+    keep: int = flag(2, "how many checkpoints to keep, beside the best")
+    resume: bool = flag(False, "go on from the run folder's newest good checkpoint")
 
 
 def main(cfg: TrainConfig) -> None:
     check(cfg)
-    # ---- device and data
-    device = pick_device(cfg.device)
-    out = make_folder(cfg.out)
+    # ---- processes, device and data
+    group = join(pick_device(cfg.device))
+    device, amp = group.device, autocast(cfg.precision, group.device)
+    if device.type == "cpu" and (cfg.threads or "tiny" in cfg.preset):
+        torch.set_num_threads(cfg.threads or 1)
+    out = make_folder(cfg.out, write=group.main)
     pairs = read_pairs(cfg)
     train, test = pairs.split()
+    if cfg.shuffle_captions:
+        train = train.shuffled(cfg.seed)
 
     # ---- model
     torch.manual_seed(cfg.seed)
     matcher = initial_matcher(cfg, [c for column in train.captions for c in column]).to(device)
+    matcher.to(memory_format=torch.channels_last)           # convolutions run faster so, on CPUs and GPUs
+    check_shares(cfg, group, matcher)
+    if group.main:
+        matcher.warn_long(matcher.captions)
     texts = [matcher.tokens(column) for column in train.captions]                   # [N, T] for each column
     labels = [indices(column).to(device) for column in train.captions]              # [N]: equal captions, one label
-    logit_bias = nn.Parameter(torch.tensor(-10.0, device=device))                   # of SigLIP only
+    logit_bias = nn.Parameter(torch.tensor(-10.0, device=device), requires_grad=cfg.loss == "siglip")
     parameters = sum(p.numel() for p in matcher.parameters() if p.requires_grad)
-    print(f"{len(train.pictures)} pictures, {len(set(train.captions[0]))} captions, {len(test.pictures)} pictures held "
-          f"out; {parameters:,} parameters; {describe_machine(device)}")
+    group.say(f"{len(train.pictures)} pictures, {len(set(train.captions[0]))} captions, {len(test.pictures)} pictures held "
+              f"out; {parameters:,} parameters; {describe_machine(device)}"
+              + (f", {group.size} processes" if group.size > 1 else ""))
 
     # ---- optimizer and averages
     trained = nn.ModuleDict({"matcher": matcher, "bias": nn.ParameterList([logit_bias])})
+    loss_of = replicate(Loss(trained, match_loss), group, unused=bool(cfg.init))
     optimizers = build_optimizers(trained, cfg.optimizer, cfg.lr, cfg.muon_lr)
     ema = EMA((p for p in trained.parameters() if p.requires_grad), cfg.ema)
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     dice = torch.Generator().manual_seed(cfg.seed)          # one stream for batches, columns and jitter
 
     # ---- resume
-    start, checkpoint = 0, out / "checkpoint.pt"
+    checkpoints = Checkpoints(out, cfg.keep)
+    seen = fingerprint([Path(name).relative_to(cfg.data).as_posix() for name in pairs.files], sum(pairs.captions, []))
+    state = RunState(dataclasses.asdict(cfg), seen, trained, ema, optimizers, scaler, dice)
     if cfg.resume:
-        start = restore(checkpoint, cfg, trained, ema, optimizers, dice)
-    metrics = Metrics(out / "metrics.jsonl", resume_at=start if cfg.resume else None)
-    write_json(out / "config.json", dataclasses.asdict(cfg))
+        state.restore(checkpoints.load(group.say), MAY_CHANGE)
+        if group.mean(state.step) != [state.step]:
+            raise UserError(f"--resume: the processes found different checkpoints; do all of them see {out}?")
+        checkpoints.settle() if group.main else None
+        group.say(f"resumed at step {state.step}")
+    start, resume_at = state.step, state.step if cfg.resume else None
+    metrics = Metrics(out / "metrics.jsonl" if group.main else None, resume_at)
+    speed = Speed(Metrics(out / "speed.jsonl" if group.main else None, resume_at), device, cfg.steps, cfg.batch)
+    if group.main:
+        write_json(out / "config.json", {k: v for k, v in dataclasses.asdict(cfg).items() if k != "resume"})
     check_points = {0, cfg.steps} | {round(cfg.steps * (i / (cfg.checks + 1)) ** 1.3) for i in range(1, cfg.checks + 1)}
-    stop, progress, loss_mean, began = StopFlag(), Progress(cfg.steps, start), math.nan, time.monotonic()
+    stop, stopping, progress, loss_mean = StopFlag(), False, Progress(cfg.steps, start), math.nan
     blind = math.log(cfg.batch)     # the loss of a model for which all pictures are alike
 
     # ---- loop: one turn more than there are steps, so that the last evaluation and save are ordinary ones
     for step in range(start, cfg.steps + 1):
-        if step in check_points and (step > start or not cfg.resume):
+        state.step = step
+        evaluating = step in check_points and step != resume_at
+        if evaluating:
             with ema:
-                scores = evaluate(matcher, train, test, out, step)
-                matcher.save(out / "model")
-            metrics.add(step=step, seconds=round(time.monotonic() - began, 1), **scores)
-            save_state(checkpoint, cfg, step, trained, ema, optimizers, dice)
-            write_report(out, cfg, metrics, parameters, train, test)
-            print(verdict(step, scores, loss_mean, blind, cfg), flush=True)
-        if step == cfg.steps or stop.set:
+                scores = evaluate(matcher, train, test, out if group.main else None, step)
+                if group.main:
+                    matcher.save(out / "model")
+            metrics.add(step=step, **scores)
+            group.say(verdict(step, scores, loss_mean, blind, cfg))
+        if evaluating or stopping or (step % cfg.save_every == 0 and step != resume_at):
+            best = evaluating and 1 - mean_recall(scores) < state.best
+            state.best = 1 - mean_recall(scores) if best else state.best
+            if group.main:
+                checkpoints.save(state.capture(), best)
+        if (evaluating or step == cfg.steps) and group.main:
+            write_report(out, cfg, metrics, speed, parameters, train, test)
+        if step == cfg.steps or stopping:
             break
 
         factor = set_learning_rate(optimizers, step, cfg.steps, cfg.warmup)
         chosen = draw_batch(len(train.pictures), cfg.batch, dice).to(device)
         column = int(torch.randint(len(texts), (), generator=dice))
         pictures = augment(train.pictures[chosen.cpu()], cfg, dice).to(device)
-        (ids, mask), same = texts[column], labels[column][chosen]
+        ids, mask = (t[chosen] for t in texts[column])
+        ids, mask = (t[:, : int(mask.sum(dim=1).max())] for t in (ids, mask))       # no further than the longest text
+        same = labels[column][chosen]
 
         set_training(matcher, cfg.lock)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss = backward(matcher, pictures, ids[chosen], mask[chosen], same, logit_bias, cfg)
-        norm = torch.nn.utils.clip_grad_norm_([p for p in trained.parameters() if p.grad is not None], cfg.clip)
-        least = floor(same, cfg.batch) if cfg.loss == "infonce" else 0.0      # equal captions set a least loss: to 0
-        value, norm, blind = loss.item() - least, norm.item(), math.log(cfg.batch) - least
-        if not (math.isfinite(value) and math.isfinite(norm)):
-            raise UserError(f"step {step}: the loss is {value} and the gradient norm {norm}; stopped before the "
-                            f"weights were touched. {checkpoint} holds the last good state: try a lower --muon-lr")
+        part, = group.shares(cfg.batch, 1)
+        rows = pictures[part], ids[part], mask[part]
+        with amp:
+            loss = chunked_backward(trained, *rows, same, cfg, scaler) if cfg.chunk else loss_of(*rows, same, group, cfg)
+        if not cfg.chunk:
+            scaler.scale(loss).backward()
         for optimizer in optimizers:
-            optimizer.step()
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_([p for p in trained.parameters() if p.grad is not None], cfg.clip).item()
+        least = floor(same, cfg.batch) if cfg.loss == "infonce" else 0.0      # equal captions set a least loss: to 0
+        value, asked = group.mean(loss.item() - least, float(stop.set))
+        blind, stopping = math.log(cfg.batch) - least, asked > 0              # asked of any process
+        if not math.isfinite(value):
+            metrics.add(step=step, loss=value, grad_norm=norm, lr=factor)           # for the report's words
+        if not math.isfinite(value) or not (math.isfinite(norm) or scaler.is_enabled()):
+            raise UserError(f"step {step}: the loss is {value} and the gradient norm {norm}; stopped before the weights "
+                            f"were touched. {checkpoints.kept[0]} holds the last good state: try a lower --muon-lr")
+        for optimizer in optimizers:
+            if math.isfinite(norm):                         # else float16 overflowed: the scaler lowers its factor
+                scaler.step(optimizer)
+        scaler.update()
         clamp_temperature(matcher.model.logit_scale)
         ema.update(step)
 
         loss_mean = value if math.isnan(loss_mean) else 0.9 * loss_mean + 0.1 * value
         metrics.add(step=step, loss=value, blind=blind, grad_norm=norm, lr=factor, logit_scale=matcher.model.logit_scale.item())
-        progress.show(step + 1, f"loss {loss_mean:.3f}")
+        speed.add(step)
+        if group.main:
+            progress.show(step + 1, f"loss {loss_mean:.3f}")
     progress.close()
     stop.restore()
 
-    if stop.set and step < cfg.steps:
-        save_state(checkpoint, cfg, step, trained, ema, optimizers, dice)
-        print(f"stopped at step {step}; go on with the same command and --resume")
+    if stopping and step < cfg.steps:
+        group.say(f"stopped at step {step}; go on with the same command and --resume")
         return
     with ema:
-        save_index(out / "index", pairs.files, pairs.captions[0], matcher.embed_pictures(pairs.pictures))
-    print(f"done in {time.monotonic() - began:.0f} s: open {out / 'report.html'}; ask with "
-          f"python -m train.search --run {out} --text {train.captions[0][0]}")
+        if group.main:
+            save_index(out / "index", pairs.files, pairs.captions[0], matcher.embed_pictures(pairs.pictures))
+    group.say(f"done in {speed.seconds():.0f} s: open {out / 'report.html'}; ask with "
+              f"python -m train.search --run {out} --text {train.captions[0][0]}")
 
 
 def check(cfg: TrainConfig) -> None:
     """Refuses what cannot work, in one line, before any work starts."""
-    for name, least in (("steps", 1), ("batch", 2), ("size", 32), ("chunk", 0), ("checks", 0)):
+    for name, least in (("steps", 1), ("batch", 2), ("size", 32), ("chunk", 0), ("checks", 0), ("threads", 0),
+                        ("save_every", 1), ("keep", 1)):
         if not least <= getattr(cfg, name) <= 10_000_000:
-            raise UserError(f"--{name} {getattr(cfg, name)}: at least {least}")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least {least}")
     preset = PRESETS[cfg.preset]
     if cfg.size > 1024 or (not cfg.init and preset.tower == "vit" and cfg.size % preset.patch):
         raise UserError(f"--size {cfg.size}: at most 1024, and for {cfg.preset} a multiple of {preset.patch or 1}")
@@ -171,9 +230,20 @@ def check(cfg: TrainConfig) -> None:
     if cfg.lock != "none" and not cfg.init:
         raise UserError(f"--lock {cfg.lock}: only a tower that was trained before is worth locking; give --init")
     if cfg.chunk and not cfg.init and preset.tower == "resnet":
-        raise UserError(f"--chunk {cfg.chunk}: preset {cfg.preset} has batch norm, which needs the whole batch; take a vit")
+        raise UserError(f"--chunk {cfg.chunk}: preset {cfg.preset} has batch norm, which needs the whole batch")
+    if not 0 <= cfg.hues <= 1:
+        raise UserError(f"--hues {cfg.hues}: from 0 to 1")
     if not 0 <= cfg.ema < 1:
         raise UserError(f"--ema {cfg.ema}: from 0 up to, not including, 1")
+
+
+def check_shares(cfg: TrainConfig, group: Group, matcher: Matcher) -> None:
+    if cfg.batch % group.size:
+        raise UserError(f"--batch {cfg.batch}: cannot be shared evenly among {group.size} processes")
+    if group.size > 1 and cfg.chunk:
+        raise UserError(f"--chunk {cfg.chunk}: not with {group.size} processes, which share the batch already")
+    if group.size > 1 and any(isinstance(m, nn.BatchNorm2d) for m in matcher.modules()) and cfg.lock != "image":
+        raise UserError(f"{group.size} processes: this model has batch norm, which needs the whole batch; take a vit preset")
 
 
 # -------------------------------------------------------------------------------------------------- the data
@@ -190,6 +260,11 @@ class Pairs:
 
     def split(self) -> tuple[Pairs, Pairs]:
         return self._take(False), self._take(True)
+
+    def shuffled(self, seed: int) -> Pairs:
+        """The same pictures and the same rows of captions, dealt out anew: there is nothing to learn but by heart."""
+        order = torch.randperm(len(self.files), generator=torch.Generator().manual_seed(seed)).tolist()
+        return dataclasses.replace(self, captions=[[column[i] for i in order] for column in self.captions])
 
     def _take(self, which: bool) -> Pairs:
         rows = [i for i, held in enumerate(self.held_out) if held == which]
@@ -246,9 +321,18 @@ def augment(pictures: Tensor, cfg: TrainConfig, dice: torch.Generator) -> Tensor
     grey = ink.mean(dim=1, keepdim=True)
     mix = (0.35 * (u[:, 4] + 0.3).clamp_min(0))[:, None, None, None]                # towards grey
     ink = ((1 - mix) * ink + mix * grey) * gain[:, :, None, None]
+    if cfg.hues:
+        ink = turn_hues(ink, cfg.hues, dice)
     soft = F.avg_pool2d(ink, 3, stride=1, padding=1)
     ink = torch.where((u[:, 5] > 0.5)[:, None, None, None], soft, ink)
-    return (1 - 2 * ink.clamp(0, 1)).contiguous()
+    return (1 - 2 * ink.clamp(0, 1)).contiguous(memory_format=torch.channels_last)
+
+
+def turn_hues(ink: Tensor, limit: float, dice: torch.Generator) -> Tensor:
+    """Mixes the inks [B, 3, S, S] of each picture anew, by weights that sum to 1: grey stays grey."""
+    noise = limit * torch.randn(len(ink), 3, 3, generator=dice)                     # [B, new, old]
+    mixing = torch.eye(3) + noise - noise.mean(dim=2, keepdim=True)
+    return torch.einsum("bij,bjhw->bihw", mixing.to(ink.device), ink)
 
 
 # ------------------------------------------------------------------------------------------ model and loss
@@ -261,10 +345,11 @@ def initial_matcher(cfg: TrainConfig, captions: list[str]) -> Matcher:
     matcher = Matcher.load(cfg.init)
     if matcher.size != cfg.size:
         raise UserError(f"--init {cfg.init}: reads pictures of size {matcher.size}; give --size {matcher.size}")
-    if cfg.chunk and any(isinstance(m, nn.BatchNorm2d) for m in locked_or_not(matcher, "image")) and cfg.lock != "image":
+    norms = any(isinstance(m, nn.BatchNorm2d) for m in modules_of(matcher, "image"))
+    if cfg.chunk and norms and cfg.lock != "image":
         raise UserError(f"--chunk {cfg.chunk}: this model has batch norm, which needs the whole batch")
     matcher.captions = list(dict.fromkeys(captions))
-    for module in locked_or_not(matcher, cfg.lock):
+    for module in modules_of(matcher, cfg.lock):
         for p in module.parameters(recurse=False):
             p.requires_grad_(False)
     return matcher
@@ -273,7 +358,7 @@ def initial_matcher(cfg: TrainConfig, captions: list[str]) -> Matcher:
 TOWERS = {"image": ("vision_model", "visual", "image_encoder"), "text": ("text_model", "text_encoder"), "none": ()}
 
 
-def locked_or_not(matcher: Matcher, side: str) -> list[nn.Module]:
+def modules_of(matcher: Matcher, side: str) -> list[nn.Module]:
     """All modules of the picture or the text tower; its projection is not part of it."""
     towers = [getattr(matcher.model, name) for name in TOWERS[side] if hasattr(matcher.model, name)]
     return [module for tower in towers for module in tower.modules()]
@@ -282,32 +367,39 @@ def locked_or_not(matcher: Matcher, side: str) -> list[nn.Module]:
 def set_training(matcher: Matcher, lock: str) -> None:
     """Train mode, but for a locked tower: its batch norms keep their statistics, its dropout stays off."""
     matcher.train()
-    for module in locked_or_not(matcher, lock):
+    for module in modules_of(matcher, lock):
         module.training = False
 
 
-def backward(matcher: Matcher, pictures: Tensor, ids: Tensor, mask: Tensor, labels: Tensor, logit_bias: Tensor,
-             cfg: TrainConfig) -> Tensor:
-    """Fills the gradients of one batch, all at once or chunk by chunk; returns the loss."""
+def match_loss(trained: nn.ModuleDict, pictures: Tensor, ids: Tensor, mask: Tensor, labels: Tensor, group: Group,
+               cfg: TrainConfig) -> Tensor:
+    """The loss of the whole batch, of which these are this process's rows [B/n, ...]; labels [B] are all of them."""
+    matcher = trained["matcher"]
+    images, texts = matcher.encode_pictures(pictures), matcher.encode_tokens(ids, mask)
+    return pair_loss(trained, group.gather(images), group.gather(texts), labels, cfg)
 
-    def loss_of(images: Tensor, texts: Tensor) -> Tensor:                           # [B, E] each
-        scale = matcher.model.logit_scale
-        if cfg.loss == "siglip":
-            return siglip_loss(texts @ images.T, scale, logit_bias, labels)
-        return contrastive_loss(texts @ images.T * scale.exp(), labels)
 
-    if cfg.chunk:
-        encoders = (matcher.encode_pictures, matcher.encode_tokens)
-        return cached_backward(encoders, ((pictures,), (ids, mask)), loss_of, cfg.chunk)
-    loss = loss_of(matcher.encode_pictures(pictures), matcher.encode_tokens(ids, mask))
-    loss.backward()
-    return loss.detach()
+def pair_loss(trained: nn.ModuleDict, images: Tensor, texts: Tensor, labels: Tensor, cfg: TrainConfig) -> Tensor:
+    """images, texts [B, E], labels [B]."""
+    scale = trained["matcher"].model.logit_scale
+    if cfg.loss == "siglip":
+        return siglip_loss(texts @ images.T, scale, trained["bias"][0], labels)
+    return contrastive_loss(texts @ images.T * scale.exp(), labels)
+
+
+def chunked_backward(trained: nn.ModuleDict, pictures: Tensor, ids: Tensor, mask: Tensor, labels: Tensor,
+                     cfg: TrainConfig, scaler: torch.amp.GradScaler) -> Tensor:
+    """Fills the gradients of one batch chunk by chunk; returns the loss."""
+    encoders = (trained["matcher"].encode_pictures, trained["matcher"].encode_tokens)
+    scaled = cached_backward(encoders, ((pictures,), (ids, mask)),
+                             lambda *both: scaler.scale(pair_loss(trained, *both, labels, cfg)), cfg.chunk)
+    return scaled / scaler.get_scale()
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(matcher: Matcher, train: Pairs, test: Pairs, out: Path, step: int) -> dict[str, float]:
+def evaluate(matcher: Matcher, train: Pairs, test: Pairs, out: Path | None, step: int) -> dict[str, float]:
     """R@1 and R@5 both ways, of the trained and of the held-out pictures, and the similarity matrix as a picture.
 
     Every picture against every distinct caption of the first column, trained or not; equal captions all count.
@@ -321,8 +413,15 @@ def evaluate(matcher: Matcher, train: Pairs, test: Pairs, out: Path, step: int) 
         similarity = matcher.embed_pictures(pairs.pictures) @ texts.T               # [N, M]
         relevant = torch.tensor([names.index(c) for c in pairs.captions[0]])[:, None] == torch.arange(len(names))
         scores |= {prefix + name: value for name, value in retrieval(similarity, relevant).items()}
-        draw_matrix(similarity, pairs, names, out / "matrix" / f"{prefix}{step:06d}.png")
+        if out is not None:
+            draw_matrix(similarity, pairs, names, out / "matrix" / f"{prefix}{step:06d}.png")
     return scores
+
+
+def mean_recall(scores: dict[str, float]) -> float:
+    """What the best checkpoint is the best in: R@1 of both ways, of the pictures held out if there are any."""
+    prefix = "held_out_" if "held_out_image_to_text_R@1" in scores else ""
+    return (scores[f"{prefix}image_to_text_R@1"] + scores[f"{prefix}text_to_image_R@1"]) / 2
 
 
 def retrieval(similarity: Tensor, relevant: Tensor) -> dict[str, float]:
@@ -353,7 +452,7 @@ def verdict(step: int, scores: dict[str, float], loss: float, blind: float, cfg:
 
 def stuck(step: int, loss: float, blind: float, cfg: TrainConfig) -> bool:
     """Whether an InfoNCE loss still is what blind guessing gives, well after the warm-up."""
-    return cfg.loss == "infonce" and step >= 2 * cfg.warmup and loss > 0.97 * blind
+    return cfg.loss == "infonce" and step >= cfg.warmup + 50 and loss > 0.97 * blind
 
 
 def draw_matrix(similarity: Tensor, pairs: Pairs, names: list[str], path: Path, most: int = 16) -> None:
@@ -374,40 +473,14 @@ def draw_matrix(similarity: Tensor, pairs: Pairs, names: list[str], path: Path, 
 # ---------------------------------------------------------------------------------------- saving and telling
 
 
-def save_state(path: Path, cfg: TrainConfig, step: int, trained: nn.Module, ema: EMA, optimizers: list,
-               dice: torch.Generator) -> None:
-    save_checkpoint(path, {
-        "config": dataclasses.asdict(cfg), "step": step, "model": trained.state_dict(), "ema": ema.mean,
-        "optimizers": [o.state_dict() for o in optimizers], "dice": dice.get_state(), "rng": torch.get_rng_state(),
-    })
-
-
-MAY_CHANGE = ("out", "data", "device", "resume", "checks")
-
-
-def restore(path: Path, cfg: TrainConfig, trained: nn.Module, ema: EMA, optimizers: list, dice: torch.Generator) -> int:
-    """Puts everything back as it was; returns the step to go on from. Flags that shape training may not change."""
-    if not path.exists():
-        raise UserError(f"--resume: there is no {path}")
-    state = load_checkpoint(path)
-    for name, value in dataclasses.asdict(cfg).items():
-        if name not in MAY_CHANGE and state["config"].get(name) != value:
-            raise UserError(f"--resume: {path} was trained with {name} = {state['config'].get(name)}, not {value}")
-    trained.load_state_dict(state["model"])
-    for mine, saved in zip(ema.mean, state["ema"], strict=True):
-        mine.copy_(saved)
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    dice.set_state(state["dice"])
-    torch.set_rng_state(state["rng"])
-    print(f"resumed at step {state['step']}")
-    return state["step"]
+MAY_CHANGE = ("out", "data", "device", "resume", "checks", "threads", "save_every", "keep")
 
 
 WAYS = {"picture to name": "image_to_text", "name to picture": "text_to_image"}
 
 
-def write_report(out: Path, cfg: TrainConfig, metrics: Metrics, parameters: int, train: Pairs, test: Pairs) -> None:
+def write_report(out: Path, cfg: TrainConfig, metrics: Metrics, speed: Speed, parameters: int, train: Pairs,
+                 test: Pairs) -> None:
     last = [row for row in metrics.rows if "image_to_text_R@1" in row][-1]
     sides = {"": f"{len(train.files)} trained pictures"}
     if test.files:
@@ -417,7 +490,8 @@ def write_report(out: Path, cfg: TrainConfig, metrics: Metrics, parameters: int,
     found = {f"{side}, {way}": metrics.series(f"{prefix}{key}_R@1")
              for prefix, side in sides.items() for way, key in WAYS.items()}
     parts = [
-        f"<p>{parameters:,} parameters, step {last['step']} of {cfg.steps}, {last['seconds']:.0f} s.</p>",
+        f"<p>{parameters:,} parameters, step {last['step']} of {cfg.steps}, {speed.seconds():.0f} s.</p>",
+        report.notes(metrics.rows),
         report.table(rows, ["", "", "R@1", "R@5", "R@1 by chance"]),
         "<h2>R@1</h2>", report.curve(found, "step", "R@1", log=False),
         "<h2>Loss</h2>",
@@ -426,11 +500,14 @@ def write_report(out: Path, cfg: TrainConfig, metrics: Metrics, parameters: int,
         "<p class='note'>Where all vectors are alike the loss is ln(batch), less what equal captions in a batch take "
         "off: a loss on that line means that nothing is learned, however it got there.</p>",
     ]
+    names = "; ".join(list(dict.fromkeys(train.captions[0] + test.captions[0]))[:16])
     for prefix, side in sides.items():
-        parts.append(f"<h2>Who is like whom: {side}</h2>")
-        matrices = sorted((out / "matrix").glob(f"{prefix}[0-9]*.png"), reverse=True)
-        names = "、".join(list(dict.fromkeys(train.captions[0] + test.captions[0]))[:16])
-        parts += [report.picture(path, f"after {int(path.stem[-6:])} steps; rows: {names}") for path in matrices]
+        drawn = {step: out / "matrix" / f"{prefix}{step:06d}.png" for step, _ in metrics.series("image_to_text_R@1")}
+        matrices = [report.picture(path, f"step {step}") for step, path in drawn.items() if path.exists()]
+        parts += [f"<h2>Who is like whom: {side}</h2><p class='note'>Rows: {html.escape(names)}. Dark where alike.</p>",
+                  f"<div class='row'>{''.join(matrices)}</div>"]
+    others = [{k: v for k, v in row.items() if k != "loss" and "R@" not in k} for row in metrics.rows]   # drawn above
+    parts += report.curves({"": (others, speed.metrics.rows)})
     parts += ["<h2>Settings</h2>", report.table(list(dataclasses.asdict(cfg).items()))]
     report.write_page(out / "report.html", f"Pictures and their names: {Path(cfg.data).name}", parts)
 

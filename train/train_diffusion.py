@@ -12,17 +12,22 @@ Shapes: B batch, C picture channels, S picture size, f fold, [B, C*f*f, S/f, S/f
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from data.folder import PictureFolder, affine
+from data.folder import PictureFolder, Stream, affine
 from miniclip.weights import atomic_write, write_json
 from minidiff import DDPMScheduler
+from minidiff.attention import Transformer2DModel
+from minidiff.resnet import ResnetBlock2D
 from train import report
 from train.common import (
     EMA,
@@ -44,9 +49,13 @@ from train.common import (
     pick_device,
     run,
     save_grid,
+    whole,
 )
+from train.latent import LatentWriter, load_pipeline
+from train.lora import FILE as LORA_FILE
+from train.lora import add_lora, merged, save_lora
 from train.optim import build_optimizers, set_learning_rate
-from train.parallel import Loss, join, replicate, synchronized
+from train.parallel import Group, Loss, join, replicate, shard, synchronized
 from train.writer import PRESETS, PictureFormat, Writer, build_writer
 
 
@@ -80,6 +89,14 @@ class TrainConfig:
     accumulate: int = flag(1, "go through a batch in so many parts, to save memory")
     gradient_checkpointing: bool = flag(False, "compute activations twice instead of keeping them, to save memory")
     compile: bool = flag(False, "torch.compile the UNet: slow to start, then faster, most of all on a GPU")
+    init: str = flag("", "start from this: a run's model folder, an SD 1 or 2 folder, or one file of its weights")
+    tokenizer: str = flag("", "tokenizer of an --init that is a single file")
+    lora: int = flag(0, "rank of LoRA on the UNet's attention: --init stays as it is, a small file learns; 0 for none")
+    lora_alpha: float = flag(0.0, "LoRA adds alpha / rank times what it learned; 0 takes the rank")
+    freeze: str = flag("", "leave alone what has this regular expression in its name, such as ^text_encoder")
+    shard: bool = flag(False, "FSDP2: torchrun's processes share out the weights too, for models that do not fit on one")
+    stream: bool = flag(False, "read pictures as they are needed: for more than memory holds; skips broken files")
+    workers: int = flag(0, "processes that read ahead for --stream; 0 reads in the training process")
     save_every: int = flag(100, "steps between checkpoints, beside those at each evaluation")
     keep: int = flag(2, "how many checkpoints to keep, beside the best")
     resume: bool = flag(False, "go on from the run folder's newest good checkpoint")
@@ -92,21 +109,32 @@ def main(cfg: TrainConfig) -> None:
     check_shares(cfg, group.size)
     device, out = group.device, make_folder(cfg.out, write=group.main)
     amp = autocast(cfg.precision, device)
-    folder = PictureFolder(cfg.data, size=cfg.size, channels=cfg.channels, caption_column=cfg.caption_column)
-    pictures, captions = folder.pictures().to(device), folder.captions              # [N, C, S, S] in [-1, 1]
+    folder = PictureFolder(cfg.data, size=cfg.size, channels=cfg.channels, caption_column=cfg.caption_column,
+                           index=out / "index.json" if cfg.stream else None)
+    captions, parts = folder.captions, group.shares(cfg.batch, cfg.accumulate)
+    own = slice(parts[0].start, parts[-1].stop)             # this process's rows of each batch
+    stream, skipped = Stream(folder, cfg.batch, cfg.seed, cfg.steps, own), Skipped(out, group)
+    if cfg.stream:
+        pictures, shown = first_pictures(folder)            # some to validate on
+    else:
+        pictures, shown = folder.pictures(), captions
+    pictures = pictures.to(device)                                                  # [N, C, S, S] in [-1, 1]
 
     # ---- model
     torch.manual_seed(cfg.seed)
-    schedule = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction",
-                             rescale_betas_zero_snr=True, timestep_spacing="trailing")
-    picture = PictureFormat(cfg.size, cfg.channels, cfg.fold)
-    writer = build_writer(PRESETS[cfg.preset], picture, captions, schedule).to(device)
-    writer.unet.to(memory_format=torch.channels_last)       # convolutions run faster so, on CPUs and GPUs
+    writer = initial_writer(cfg, captions).to(device)
+    if not cfg.shard:                                       # FSDP takes weights in their plain order only
+        writer.unet.to(memory_format=torch.channels_last)   # convolutions run faster so, on CPUs and GPUs
     writer.unet.enable_gradient_checkpointing(cfg.gradient_checkpointing)
     if cfg.compile:
         writer.unet.compile()
-    loss_of = replicate(Loss(writer, diffusion_loss), group)
-    parameters = sum(p.numel() for p in writer.parameters())
+    seen = fingerprint([entry.path.relative_to(cfg.data).as_posix() for entry in folder.entries], captions)
+    frozen_codes = isinstance(writer, LatentWriter)         # its pictures are encoded once for all
+    if frozen_codes:
+        pictures = writer.latents(pictures, out / "cache", f"{cfg.size}-{seen['checksum']:08x}")    # [N, L, S/f, S/f]
+    twin = copy.deepcopy(writer).cpu() if cfg.shard else writer     # the one that is saved
+    loss_of = distribute(writer, cfg, group)
+    parameters = sum(p.numel() for p in writer.parameters() if p.requires_grad)
     group.say(f"{len(captions)} pictures, {len(writer.captions)} captions; {parameters:,} parameters; "
               f"{describe_machine(device)}" + (f", {group.size} processes" if group.size > 1 else ""))
 
@@ -118,10 +146,12 @@ def main(cfg: TrainConfig) -> None:
 
     # ---- resume
     checkpoints = Checkpoints(out, cfg.keep)
-    seen = fingerprint([str(entry.path.relative_to(cfg.data)) for entry in folder.entries], captions)
     state = RunState(dataclasses.asdict(cfg), seen, writer, ema, optimizers, scaler, dice)
     if cfg.resume:
         state.restore(checkpoints.load(group.say), MAY_CHANGE)
+        if group.mean(state.step) != [state.step]:
+            raise UserError(f"--resume: the processes found different checkpoints; do all of them see {out}?")
+        checkpoints.settle() if group.main else None
         group.say(f"resumed at step {state.step}")
     start, resume_at = state.step, state.step if cfg.resume else None
     metrics = Metrics(out / "metrics.jsonl" if group.main else None, resume_at)
@@ -129,6 +159,8 @@ def main(cfg: TrainConfig) -> None:
     if group.main:
         write_json(out / "config.json", {k: v for k, v in dataclasses.asdict(cfg).items() if k != "resume"})
     check_points = evaluation_steps(cfg)
+    batches = iter(DataLoader(stream, None, sampler=range(start, cfg.steps), num_workers=cfg.workers,
+                              generator=torch.Generator()))         # its own: the global one is not touched
     stop, stopping, progress, loss_mean = StopFlag(), False, Progress(cfg.steps, start), math.nan
 
     # ---- loop: one turn more than there are steps, so that the last evaluation and save are ordinary ones
@@ -137,16 +169,22 @@ def main(cfg: TrainConfig) -> None:
         evaluating = step in check_points and step != resume_at
         if evaluating:
             with ema:
-                scores, grid = evaluate(writer, pictures, captions, cfg)
-                if group.main:
-                    save_grid(grid, out / "samples" / f"{step:06d}.png", columns=grid_columns(len(grid)))
-                    writer.save(out / "model")
+                if cfg.lora and group.main:
+                    save_lora(writer.unet, out / "lora" / LORA_FILE)
+                with merged(writer.unet):                   # LoRA, if any
+                    scores, grid = evaluate(writer, pictures, shown, cfg)
+                    if cfg.shard:
+                        twin.load_state_dict(whole(writer.state_dict()))
+                    if group.main:
+                        save_grid(grid, out / "samples" / f"{step:06d}.png", columns=grid_columns(len(grid)))
+                        twin.save(out / "model")
             metrics.add(step=step, **scores)
         if evaluating or stopping or (step % cfg.save_every == 0 and step != resume_at):
             best = evaluating and scores["val"] < state.best
             state.best = scores["val"] if best else state.best
+            captured = state.capture()                      # of all processes, if they share the weights out
             if group.main:
-                checkpoints.save(state.capture(), best)
+                checkpoints.save(captured, best)
         if (evaluating or step == cfg.steps) and group.main:
             write_report(out, cfg, metrics, speed, parameters, captions)
         if step == cfg.steps or stopping:
@@ -154,24 +192,32 @@ def main(cfg: TrainConfig) -> None:
 
         factor = set_learning_rate(optimizers, step, cfg.steps, cfg.warmup)
         chosen, moves, told, t, noise = draw(len(captions), writer, cfg, dice)      # of the whole batch
+        if cfg.stream:
+            pixels, chosen[own], broken = next(batches)
+            pixels = pixels.to(device).float() / 127.5 - 1
+            skipped.add(broken)
+        else:
+            pixels = pictures[chosen[own].to(device)]
         prompts = drop_captions([captions[i] for i in chosen.tolist()], told, cfg.caption_drop)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        parts, value = group.shares(cfg.batch, cfg.accumulate), 0.0
-        for part in parts:
-            x0 = pictures[chosen[part].to(device)]
-            x0 = affine(x0, moves[part], flip=cfg.flip) if cfg.jitter else x0
+        value = 0.0
+        for part, x0 in zip(parts, pixels.chunk(len(parts)), strict=True):
+            if not frozen_codes:
+                x0 = writer.fold(affine(x0, moves[part], flip=cfg.flip) if cfg.jitter else x0)
             with synchronized(loss_of, now=part is parts[-1]):
                 with amp:
-                    loss = loss_of(x0, prompts[part], schedule, t[part], noise[part]) / len(parts)
+                    loss = loss_of(x0, prompts[part], t[part], noise[part]) / len(parts)
                 scaler.scale(loss).backward()
             value += loss.item()
 
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(writer.parameters(), cfg.clip).item()
+        norm = whole(torch.nn.utils.clip_grad_norm_(writer.parameters(), cfg.clip)).item()
         value, asked = group.mean(value, float(stop.set))
         stopping = asked > 0                                # of any process
+        if not math.isfinite(value):
+            metrics.add(step=step, loss=value, grad_norm=norm, lr=factor)           # for the report's words
         if not math.isfinite(value) or not (math.isfinite(norm) or scaler.is_enabled()):
             raise UserError(f"step {step}: the loss is {value} and the gradient norm {norm}; stopped before the weights "
                             f"were touched. {checkpoints.kept[0]} holds the last good state: try a lower --muon-lr")
@@ -191,6 +237,9 @@ def main(cfg: TrainConfig) -> None:
 
     if stopping and step < cfg.steps:
         group.say(f"stopped at step {step}; go on with the same command and --resume")
+    elif cfg.stream and skipped.files:
+        group.say(f"done in {speed.seconds():.0f} s, {len(skipped.files)} broken files left out ({skipped.path}): "
+                  f"open {out / 'report.html'}")
     else:
         group.say(f"done in {speed.seconds():.0f} s: open {out / 'report.html'}")
 
@@ -199,7 +248,7 @@ def check(cfg: TrainConfig) -> None:
     """Refuses what cannot work, in one line, before any work starts."""
     levels = len(PRESETS[cfg.preset].block_out_channels)
     multiple = cfg.fold * 2 ** (levels - 1)
-    if cfg.fold < 1 or cfg.size < multiple or cfg.size % multiple:
+    if cfg.fold < 1 or not cfg.init and (cfg.size < multiple or cfg.size % multiple):
         raise UserError(f"--size {cfg.size}: preset {cfg.preset} with --fold {cfg.fold} takes multiples of {multiple}")
     if cfg.size > 2048:
         raise UserError(f"--size {cfg.size}: at most 2048")
@@ -209,6 +258,20 @@ def check(cfg: TrainConfig) -> None:
     for name in ("caption_drop", "ema"):
         if not 0 <= getattr(cfg, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: between 0 and 1")
+    if cfg.shard and (cfg.optimizer == "muon" or cfg.lora or cfg.compile):
+        raise UserError("--shard: not with --lora or --compile, and with --optimizer adamw, as Muon needs whole matrices")
+    if cfg.workers < 0 or (cfg.workers and not cfg.stream):
+        raise UserError(f"--workers {cfg.workers}: only --stream reads ahead")
+    if cfg.lora < 0 or (cfg.lora and not cfg.init):
+        raise UserError(f"--lora {cfg.lora}: a rank above 0, beside an --init that it builds on")
+    if cfg.lora_alpha and not cfg.lora:
+        raise UserError(f"--lora-alpha {cfg.lora_alpha}: means nothing without --lora")
+    if cfg.tokenizer and (not cfg.init or Path(cfg.init).is_dir()):
+        raise UserError(f"--tokenizer {cfg.tokenizer}: only for an --init that is a single file")
+    try:
+        re.compile(cfg.freeze)
+    except re.error as error:
+        raise UserError(f"--freeze {cfg.freeze}: not a regular expression ({error})") from None
     if cfg.sample_steps > 1000:
         raise UserError(f"--sample-steps {cfg.sample_steps}: at most the 1000 timesteps of training")
 
@@ -217,6 +280,49 @@ def check_shares(cfg: TrainConfig, processes: int) -> None:
     if cfg.batch % (processes * cfg.accumulate):
         raise UserError(f"--batch {cfg.batch}: cannot be shared evenly among {processes} "
                         f"{'process' if processes == 1 else 'processes'} times --accumulate {cfg.accumulate}")
+    if cfg.shard and processes == 1:
+        raise UserError("--shard: there is one process only; start several with torchrun")
+
+
+def initial_writer(cfg: TrainConfig, captions: list[str]) -> Writer:
+    """A fresh writer or the one of --init, with what shall not learn frozen."""
+    if not cfg.init:
+        schedule = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction",
+                                 rescale_betas_zero_snr=True, timestep_spacing="trailing")
+        picture = PictureFormat(cfg.size, cfg.channels, cfg.fold)
+        writer = build_writer(PRESETS[cfg.preset], picture, captions, schedule)
+    elif (Path(cfg.init) / "writer.json").exists():
+        writer = Writer.load(cfg.init).train()
+        if writer.picture != (cfg.size, cfg.channels, cfg.fold):
+            raise UserError(f"--init {cfg.init}: give --size, --channels and --fold {tuple(writer.picture)}")
+        writer.captions = list(dict.fromkeys(captions))
+    else:
+        writer = LatentWriter(load_pipeline(cfg.init, cfg.tokenizer), cfg.size, captions)
+        multiple = writer.pipe.factor * 8
+        if cfg.stream:
+            raise UserError(f"--stream: not with --init {cfg.init}, whose latents are encoded once and kept")
+        if cfg.jitter or cfg.flip or cfg.channels != 3 or cfg.size % multiple:
+            raise UserError(f"--init {cfg.init}: its latents are encoded once: give --no-jitter, no --flip, "
+                            f"--channels 3 and a --size that is a multiple of {multiple}")
+    if cfg.lora:
+        writer.requires_grad_(False)
+        add_lora(writer.unet, cfg.lora, cfg.lora_alpha or cfg.lora)
+    for name, parameter in writer.named_parameters():
+        if cfg.freeze and re.search(cfg.freeze, name):
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in writer.parameters()):
+        raise UserError(f"--freeze {cfg.freeze}: leaves nothing to learn")
+    return writer
+
+
+def distribute(writer: Writer, cfg: TrainConfig, group: Group) -> nn.Module:
+    """The loss as a module whose backward pass speaks with the other processes, if there are any."""
+    loss = Loss(writer, diffusion_loss)
+    if not cfg.shard:
+        return replicate(loss, group)
+    units = [m for m in writer.unet.modules() if isinstance(m, (ResnetBlock2D, Transformer2DModel))]
+    shard([*units, writer.unet, writer.text_encoder], group)
+    return loss
 
 
 def draw(n: int, writer: Writer, cfg: TrainConfig, dice: torch.Generator) -> tuple[Tensor, ...]:
@@ -226,12 +332,32 @@ def draw(n: int, writer: Writer, cfg: TrainConfig, dice: torch.Generator) -> tup
     The B timesteps are spread evenly over the schedule (one in each B-th part): less variance than B free draws.
     """
     B, T = cfg.batch, len(writer.scheduler)
-    chosen = draw_batch(n, B, dice)
+    chosen = torch.zeros(B, dtype=torch.long) if cfg.stream else draw_batch(n, B, dice)     # a stream has its own order
     moves = torch.rand(B, 6, generator=dice) if cfg.jitter else torch.empty(B, 6)
     told = torch.rand(B, generator=dice)
     even = (torch.randperm(B, generator=dice) + torch.rand(B, generator=dice)) / B
     noise = torch.randn(B, *writer.code_shape, generator=dice)
     return chosen, moves, told, (even * T).long().clamp(max=T - 1), noise
+
+
+def first_pictures(folder: PictureFolder) -> tuple[Tensor, list[str]]:
+    """Up to 64 pictures of the first shuffle of seed 0, as [N, C, S, S] in [-1, 1], and their captions."""
+    pixels, indices, _ = Stream(folder, min(64, len(folder)), 0, 1)[0]
+    return pixels.float() / 127.5 - 1, [folder.captions[i] for i in indices]
+
+
+class Skipped:
+    """The broken files of a stream, each once, in skipped.txt of the run folder."""
+
+    def __init__(self, out: Path, group: Group):
+        self.path = out / ("skipped.txt" if group.main else f"skipped.{group.rank}.txt")
+        self.files: dict[str, None] = {}
+
+    def add(self, messages: list[str]) -> None:
+        if new := [message for message in messages if message not in self.files]:
+            self.files |= dict.fromkeys(new)
+            with atomic_write(self.path) as file:
+                file.write("".join(line + "\n" for line in self.files).encode("utf-8"))
 
 
 def draw_batch(n: int, batch: int, dice: torch.Generator) -> Tensor:
@@ -245,15 +371,25 @@ def drop_captions(prompts: list[str], chances: Tensor, share: float) -> list[str
     return ["" if chance < share else prompt for prompt, chance in zip(prompts, chances.tolist(), strict=True)]
 
 
-def diffusion_loss(writer: Writer, pictures: Tensor, prompts: list[str], schedule: DDPMScheduler, t: Tensor,
-                   noise: Tensor) -> Tensor:
-    """Mean squared error of the predicted v over a batch: Ho 2020, Algorithm 1, with v in place of eps."""
-    x0 = writer.fold(pictures)                                                      # [B, C*f*f, S/f, S/f]
-    noise = noise.to(x0)
+def diffusion_loss(writer: Writer, x0: Tensor, prompts: list[str], t: Tensor, noise: Tensor) -> Tensor:
+    """Mean squared error over a batch: Ho 2020, Algorithm 1, with v in place of eps where the model speaks v.
+
+    x0, noise [B, C*f*f, S/f, S/f], t [B].
+    """
+    schedule, noise = writer.scheduler, noise.to(x0)
     x_t = schedule.add_noise(x0, noise, t).contiguous(memory_format=torch.channels_last)
-    v = schedule.get_velocity(x0, noise, t)
+    speaks_v = schedule.config.prediction_type == "v_prediction"
+    target = schedule.get_velocity(x0, noise, t) if speaks_v else noise
     predicted = writer.unet(x_t, t, writer.encode(prompts)).sample
-    return torch.nn.functional.mse_loss(predicted.to(v), v)
+    return torch.nn.functional.mse_loss(predicted.to(target), target)
+
+
+def predicted_x0(writer: Writer, x_t: Tensor, t: int, prompts: list[str]) -> Tensor:
+    """What the model takes for the clean picture behind x_t [B, C*f*f, S/f, S/f]."""
+    output, alpha_bar = writer.unet(x_t, t, writer.encode(prompts)).sample, writer.scheduler.alphas_cumprod[t].item()
+    if writer.scheduler.config.prediction_type == "v_prediction":
+        return alpha_bar**0.5 * x_t - (1 - alpha_bar) ** 0.5 * output              # Salimans 2022, appendix D
+    return (x_t - (1 - alpha_bar) ** 0.5 * output) / alpha_bar**0.5                 # Ho 2020, eq. 15
 
 
 def evaluation_steps(cfg: TrainConfig) -> set[int]:
@@ -278,18 +414,17 @@ def evaluate(writer: Writer, pictures: Tensor, captions: list[str], cfg: TrainCo
     grid = writer.write(prompts, seed=cfg.seed, steps=cfg.sample_steps, guidance=cfg.guidance)
     chosen = torch.arange(min(len(pictures), 64))
     noise = torch.randn(pictures[chosen].shape, generator=torch.Generator().manual_seed(1))
-    errors = {"val": [], "val_free": [], "bound": []}
+    errors = {"val": [], "val_free": []} if cfg.stream else {"val": [], "val_free": [], "bound": []}
+    fold = writer.fold if pictures.shape[1:] != writer.code_shape else torch.nn.Identity()     # latents are folded
     for t in VALIDATION_TIMESTEPS:
-        x0, eps = writer.fold(pictures[chosen]), writer.fold(noise.to(pictures.device))
+        x0, eps = fold(pictures[chosen]), fold(noise.to(pictures.device))
         times = torch.full((len(x0),), t)
         x_t = writer.scheduler.add_noise(x0, eps, times)
-        best = optimal_denoiser(x_t, writer.fold(pictures), writer.scheduler.alphas_cumprod[t].item())
-        errors["bound"].append((best - x0).square().mean().item())
+        if not cfg.stream:                                  # the bound takes all pictures
+            best = optimal_denoiser(x_t, fold(pictures), writer.scheduler.alphas_cumprod[t].item())
+            errors["bound"].append((best - x0).square().mean().item())
         for name, told in (("val", [captions[i] for i in chosen]), ("val_free", [""] * len(chosen))):
-            v = writer.unet(x_t, t, writer.encode(told)).sample
-            alpha_bar = writer.scheduler.alphas_cumprod[t].item()
-            predicted = alpha_bar**0.5 * x_t - (1 - alpha_bar) ** 0.5 * v
-            errors[name].append((predicted - x0).square().mean().item())
+            errors[name].append((predicted_x0(writer, x_t, t, told) - x0).square().mean().item())
     writer.train()
     means = {name: sum(values) / len(values) for name, values in errors.items()}
     by_time = {f"{name}_{t}": values[i] for name, values in errors.items() for i, t in enumerate(VALIDATION_TIMESTEPS)}
@@ -311,41 +446,34 @@ def optimal_denoiser(x_t: Tensor, bank: Tensor, alpha_bar: float) -> Tensor:
 
 
 MAY_CHANGE = ("out", "data", "device", "resume", "samples", "sample_steps", "guidance", "accumulate", "compile",
-              "gradient_checkpointing", "save_every", "keep")
+              "gradient_checkpointing", "save_every", "keep", "workers", "shard")
 
 
 def write_report(out: Path, cfg: TrainConfig, metrics: Metrics, speed: Speed, parameters: int, captions: list[str]) -> None:
-    losses = smooth(metrics.series("loss"))
+    losses = report.smooth(metrics.series("loss"))
     loss_curve = report.curve({"training loss": losses}, "step", "mean squared error of v, smoothed")
     with atomic_write(out / "loss.svg") as file:
         file.write(loss_curve.encode("utf-8"))
     validation = {"with captions": metrics.series("val"), "without captions": metrics.series("val_free"),
                   "best possible without captions": metrics.series("bound")}
     last = [row for row in metrics.rows if "val" in row][-1]
-    rows = [[t, *(f"{last[f'{name}_{t}']:.4f}" for name in ("val", "val_free", "bound"))] for t in VALIDATION_TIMESTEPS]
+    rows = [[t, *(f"{last.get(f'{name}_{t}', math.nan):.4f}" for name in ("val", "val_free", "bound"))]
+            for t in VALIDATION_TIMESTEPS]
     grids = sorted((out / "samples").glob("*.png"), reverse=True)
     report.write_page(out / "report.html", f"Learning to write: {Path(cfg.data).name}", [
         f"<p>{len(captions)} pictures, {parameters:,} parameters, step {last['step']} of {cfg.steps}, "
         f"{speed.seconds():.0f} s.</p>",
         report.picture(grids[0], f"Newest samples, {cfg.size} x {cfg.size}, one for each caption: "
                                  + "、".join(list(dict.fromkeys(captions))[:40])),
-        "<h2>Training loss</h2>", loss_curve,
-        "<h2>Validation</h2>", report.curve(validation, "step", "mean squared error of x0"),
+        report.notes(metrics.rows),
+        "<h2>Validation beside its bound</h2>", report.curve(validation, "step", "mean squared error of x0"),
         "<p>Fixed pictures, timesteps and noise. The best possible value is computed exactly from the training "
         "pictures; only a captioned model may go below it. Timestep by timestep, 0 being clean and 999 noise:</p>",
         report.table(rows, ["timestep", "with captions", "without captions", "best without captions"]),
+        *report.curves({"": (metrics.rows, speed.metrics.rows)}),
         "<h2>On the way</h2>", *(report.picture(path, f"after {int(path.stem)} steps") for path in grids[1:]),
         "<h2>Settings</h2>", report.table(list(dataclasses.asdict(cfg).items())),
     ])
-
-
-def smooth(series: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """An exponential mean over about 20 steps: a diffusion loss is mostly variance."""
-    smoothed, mean = [], None
-    for step, value in series:
-        mean = value if mean is None else 0.95 * mean + 0.05 * value
-        smoothed.append((step, mean))
-    return smoothed
 
 
 if __name__ == "__main__":

@@ -1,0 +1,121 @@
+"""What training options cost and save, and what checkpoints and metrics cost: part of make bench."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from data.folder import PictureFolder
+from train.common import EMA, Checkpoints, Metrics, RunState, Speed, autocast, fingerprint
+from train.optim import build_optimizers
+from train.train_diffusion import TrainConfig, diffusion_loss, draw, evaluation_steps, initial_writer
+
+OPTIONS = {"as it is": [], "--precision bf16": ["--precision", "bf16"], "--precision fp16": ["--precision", "fp16"],
+           "--accumulate 4": ["--accumulate", "4"], "--gradient-checkpointing": ["--gradient-checkpointing"],
+           "--stream": ["--stream"], "--compile": ["--compile"]}
+
+
+def overhead(steps: int = 8) -> float:
+    """Share of a demo run's time that checkpoints and metrics take: seconds measured apart, then counted together."""
+    cfg = TrainConfig(device="cpu")
+    folder = PictureFolder(cfg.data, cfg.size, cfg.channels)
+    writer, dice = initial_writer(cfg, folder.captions), torch.Generator().manual_seed(0)
+    writer.unet.to(memory_format=torch.channels_last)
+    optimizers, ema = build_optimizers(writer, cfg.optimizer, cfg.lr, cfg.muon_lr), EMA(writer.parameters(), cfg.ema)
+    pictures, scaler = folder.pictures(), torch.amp.GradScaler("cpu", enabled=False)
+
+    def step() -> None:
+        chosen, _, _, t, noise = draw(len(pictures), writer, cfg, dice)
+        diffusion_loss(writer, writer.fold(pictures[chosen]), [folder.captions[i] for i in chosen], t, noise).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        ema.update(0)
+
+    with tempfile.TemporaryDirectory() as out:
+        state = RunState({}, fingerprint([], []), writer, ema, optimizers, scaler, dice)
+        checkpoints, metrics = Checkpoints(Path(out), cfg.keep), Metrics(Path(out) / "metrics.jsonl")
+        speed = Speed(Metrics(Path(out) / "speed.jsonl"), torch.device("cpu"), cfg.steps, cfg.batch)
+        a_step = median(step, steps)
+        a_save, a_best = (median(lambda b=b: checkpoints.save(state.capture(), best=b), 4) for b in (False, True))
+
+        def rows() -> None:
+            for i in range(400):
+                metrics.add(step=i, loss=0.1, grad_norm=0.1, lr=0.1)
+                speed.add(i)
+
+        a_row = median(rows, 3) / 400
+    evaluations = len(evaluation_steps(cfg))
+    others = len(set(range(cfg.save_every, cfg.steps, cfg.save_every)) - evaluation_steps(cfg))
+    share = (evaluations * a_best + others * a_save + cfg.steps * a_row) / (cfg.steps * a_step)
+    print(f"demo step {a_step:.3f} s, checkpoint {a_save:.3f} s, with the best {a_best:.3f} s, metrics {1e6 * a_row:.0f} us a "
+          f"step; {evaluations} + {others} checkpoints in {cfg.steps} steps: overhead {share:.2%}", flush=True)
+    return share
+
+
+def activations() -> None:
+    """MiB of tensors kept for the backward pass of one step (or piece of one), at the demo's settings: exact."""
+    cfg = TrainConfig(device="cpu")
+    captions, dice = PictureFolder(cfg.data, cfg.size, cfg.channels).captions, torch.Generator().manual_seed(0)
+    base = 0.0
+    ways = (("as it is", cfg.batch, "float32", False), ("--precision bf16", cfg.batch, "bf16", False),
+            ("--accumulate 4", cfg.batch // 4, "float32", False), ("--gradient-checkpointing", cfg.batch, "float32", True))
+    for name, batch, precision, recompute in ways:
+        writer, kept = initial_writer(cfg, captions), {}
+        weights = {p.untyped_storage().data_ptr() for p in writer.parameters()}
+        writer.unet.enable_gradient_checkpointing(recompute)
+        _, _, _, t, noise = draw(len(captions), writer, cfg, dice)
+
+        def keep(tensor: torch.Tensor, weights=weights, kept=kept) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast(precision, torch.device("cpu")):
+            loss = diffusion_loss(writer, noise[:batch], captions[:batch], t[:batch], noise[:batch])
+        mib = sum(kept.values()) / 2**20
+        base = base or mib
+        print(f"{name:26} {mib:6.1f} MiB of activations  {mib / base:5.2f} of the plain one ({loss.item():.3f})", flush=True)
+
+
+def median(work, times: int) -> float:
+    work()
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def options(steps: int = 6) -> None:
+    """Seconds a step and memory of short runs of the script itself at the demo's settings, one process each."""
+    base = 0.0
+    for name, flags in OPTIONS.items():
+        with tempfile.TemporaryDirectory() as out:
+            command = [sys.executable, "-m", "train.train_diffusion", "--out", out, "--steps", str(steps), "--samples", "0",
+                       "--sample-steps", "1", "--device", "cpu", *flags]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                print(f"{name:26} {done.stderr.strip().splitlines()[-1][:150]}", flush=True)
+                continue
+            rows = [json.loads(line) for line in (Path(out) / "speed.jsonl").read_text().splitlines()]
+        seconds = TrainConfig.batch / statistics.median(row["pictures_per_second"] for row in rows)
+        base = base or seconds
+        print(f"{name:26} {seconds:6.3f} s a step  {seconds / base:5.2f} of the plain one  {rows[-1]['memory_mib']:5} MiB",
+              flush=True)
+
+
+if __name__ == "__main__":
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    overhead()
+    activations()
+    options()

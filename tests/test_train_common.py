@@ -1,0 +1,274 @@
+"""The pieces that both training scripts share: checkpoints that survive, metrics, flags of precision."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from miniclip.weights import WeightsError
+from train import common
+from train.common import EMA, Checkpoints, Metrics, RunState, Speed, StopFlag, UserError, autocast, fingerprint, make_folder
+from train.train_diffusion import TrainConfig
+
+
+def run_state(seed: int = 0, **config) -> RunState:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    return RunState({"lr": 0.1, "out": "x", "resume": False, **config}, fingerprint(["a.png"], ["春"]), model,
+                    EMA(model.parameters(), 0.9), [optimizer], scaler, torch.Generator().manual_seed(seed))
+
+
+def train(state: RunState, steps: int) -> None:
+    for _ in range(steps):
+        x = torch.randn(5, 3, generator=state.dice)
+        state.optimizers[0].zero_grad()
+        state.model(x).square().sum().backward()
+        state.optimizers[0].step()
+        state.ema.update(state.step)
+        state.step += 1
+
+
+def same(a: RunState, b: RunState) -> bool:
+    x, y = a.capture(), b.capture()
+    tensors = [[*v["model"].values(), *v["ema"], v["dice"], v["rng"],
+                *(t for s in v["optimizers"][0]["state"].values() for t in s.values())] for v in (x, y)]
+    plain = [{k: v[k] for k in ("config", "data", "step", "best", "scaler")} for v in (x, y)]
+    return plain[0] == plain[1] and all(torch.equal(p, q) for p, q in zip(*tensors, strict=True))
+
+
+# ------------------------------------------------------------------------------------------ checkpoints
+
+
+class Bomb:
+    def __reduce__(self):
+        return pytest.fail, ("code in a pickle ran",)
+
+
+def test_a_restored_run_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
+    whole, first = run_state(), run_state()
+    train(whole, 7)
+    torch.manual_seed(0)
+    first = run_state()
+    train(first, 3)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(first.capture(), best=False)
+    torch.manual_seed(99)
+    second = run_state(seed=5)
+    second.restore(checkpoints.load(print), ())
+    assert same(first, second)
+    train(second, 4)
+    torch.manual_seed(0)
+    whole = run_state()
+    train(whole, 7)
+    assert same(whole, second)
+
+
+def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
+    checkpoints, state = Checkpoints(tmp_path, keep=3), run_state()
+    for step in range(6):
+        state.step = step
+        checkpoints.save(state.capture(), best=step == 1)
+    steps = {path.name: common.load_checkpoint(path)["step"] for path in tmp_path.iterdir()}
+    assert steps == {"checkpoint.pt": 5, "checkpoint.1.pt": 4, "checkpoint.2.pt": 3, "best.pt": 1}
+    Checkpoints(tmp_path / "none", keep=1)
+    (tmp_path / "one").mkdir()
+    one = Checkpoints(tmp_path / "one", keep=1)
+    one.save(state.capture(), best=False)
+    one.save(state.capture(), best=False)
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize("killed_at", range(6))
+def test_a_kill_between_any_two_file_operations_of_a_save_costs_nothing(tmp_path: Path, monkeypatch, killed_at: int) -> None:
+    checkpoints, state = Checkpoints(tmp_path, keep=2), run_state()
+    for step in (1, 2):
+        state.step = step
+        checkpoints.save(state.capture(), best=True)
+    calls, replace = [], os.replace
+
+    def dies(source, target):
+        calls.append(1)
+        if len(calls) > killed_at:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", dies)
+    state.step = 3
+    try:
+        checkpoints.save(state.capture(), best=True)
+    except KeyboardInterrupt:
+        pass
+    monkeypatch.undo()
+    newest = Checkpoints(tmp_path, keep=2).load(pytest.fail)["step"]        # no warning: nothing is damaged
+    assert newest == (2 if killed_at < 2 else 3)
+    for state.step in range(newest + 1, 5):
+        checkpoints.save(state.capture(), best=state.step == 3)
+    steps = {path.name: common.load_checkpoint(path)["step"] for path in tmp_path.glob("*.pt")}
+    assert steps == {"checkpoint.pt": 4, "checkpoint.1.pt": 3, "best.pt": 3}    # as if nothing had happened
+
+
+def test_a_damaged_newest_falls_back_with_a_line(tmp_path: Path) -> None:
+    checkpoints, state = Checkpoints(tmp_path, keep=2), run_state()
+    for step in (1, 2):
+        state.step = step
+        checkpoints.save(state.capture(), best=False)
+    good, newest = checkpoints.kept[0].read_bytes(), checkpoints.kept[0]
+    damaged = {"hostile": pickle.dumps(Bomb(), protocol=2), "cut": good[:-700], "empty": b"",
+               "one byte": good[:1600] + bytes([good[1600] ^ 1]) + good[1601:]}
+    for content in damaged.values():
+        newest.write_bytes(content)
+        lines: list[str] = []
+        assert checkpoints.load(lines.append)["step"] == 1
+        assert len(lines) == 1 and "checkpoint.pt" in lines[0] and "before" in lines[0]
+    newest.unlink()
+    assert checkpoints.load(pytest.fail)["step"] == 1
+    checkpoints.kept[1].write_bytes(b"no pickle")
+    with pytest.raises(UserError, match="checkpoint.1.pt"):
+        checkpoints.load(print)
+
+
+def test_a_flipped_byte_anywhere_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    common.save_checkpoint(path, run_state().capture())
+    good = path.read_bytes()
+    unseen = []
+    for i in range(0, len(good), 97):
+        path.write_bytes(good[:i] + bytes([good[i] ^ 0x10]) + good[i + 1:])
+        try:
+            state = common.load_checkpoint(path)
+        except (UserError, WeightsError):
+            continue
+        unseen.append(state["model"]["0.weight"])
+    path.write_bytes(good)
+    assert all(torch.equal(weight, common.load_checkpoint(path)["model"]["0.weight"]) for weight in unseen)
+    assert len(unseen) < 0.5 * len(good) / 97       # padding and unused fields of the archive hold nothing
+
+
+def test_a_disk_that_fills_up_while_saving(tmp_path: Path, monkeypatch) -> None:
+    checkpoints, state = Checkpoints(tmp_path, keep=2), run_state()
+    checkpoints.save(state.capture(), best=False)
+
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="checkpoint.new.pt: cannot be written"):
+        checkpoints.save(state.capture(), best=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"] and checkpoints.load(print)["step"] == 0
+
+
+def test_resuming_another_run_is_refused() -> None:
+    saved = run_state().capture()
+    run_state(out="elsewhere").restore(saved, ("out",))
+    with pytest.raises(UserError, match="lr = 0.1, not 0.2"):
+        run_state(lr=0.2).restore(saved, ("out",))
+    run_state(added_later=3).restore(saved, ())         # a flag younger than the checkpoint has its default
+    other = run_state()
+    other.data = fingerprint(["a.png"], ["滿"])
+    with pytest.raises(UserError, match="data is not"):
+        other.restore(saved, ())
+    del saved["model"]["0.bias"]
+    with pytest.raises(UserError, match="another model"):
+        run_state().restore(saved, ())
+
+
+def test_frozen_weights_are_not_in_the_checkpoint() -> None:
+    state = run_state()
+    state.model[0].requires_grad_(False)
+    saved = state.capture()
+    assert set(saved["model"]) == {"2.weight", "2.bias"}
+    state.restore(saved, ())
+
+
+def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for name in (".checkpoint.pt.0123456789ab.tmp", "model/.x.ba9876543210.tmp", ".mine.tmp", "0123456789ab.tmp"):
+        (tmp_path / name).write_text("x")
+    make_folder(tmp_path, write=False)
+    assert len(list(tmp_path.rglob("*.tmp"))) == 4
+    make_folder(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*.tmp")) == [".mine.tmp", "0123456789ab.tmp"]
+
+
+# ---------------------------------------------------------------------------------------- metrics and speed
+
+
+def test_metrics_of_a_resumed_run_are_those_of_one_never_stopped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+
+    def write(metrics: Metrics, steps: range, evaluated_at_start: bool) -> None:
+        for step in steps:
+            if step % 2 == 0 and (step > steps.start or evaluated_at_start):
+                metrics.add(step=step, val=step)
+            metrics.add(step=step, loss=step)
+
+    write(Metrics(path), range(0, 6), True)
+    whole = path.read_bytes()
+    for checkpoint in range(6):
+        path.write_bytes(whole + b'{"step": 6, "lo')               # torn by the kill
+        write(Metrics(path, resume_at=checkpoint), range(checkpoint, 6), False)
+        assert path.read_bytes() == whole
+    assert Metrics(path).rows == [] and path.read_bytes() == b""    # a fresh run starts a fresh file
+
+
+def test_only_the_first_process_writes_metrics(tmp_path: Path) -> None:
+    metrics = Metrics(None)
+    metrics.add(step=0, loss=1.0)
+    assert metrics.series("loss") == [(0, 1.0)] and not list(tmp_path.iterdir())
+
+
+def test_speed(tmp_path: Path) -> None:
+    speed = Speed(Metrics(tmp_path / "speed.jsonl"), torch.device("cpu"), steps=200, batch=4)
+    for step in range(7):
+        speed.add(step)
+    rows = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    assert all(row["pictures_per_second"] > 0 and row["memory_mib"] >= 0 for row in rows)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_asks_and_a_second_interrupt_ends(name: str) -> None:
+    flag = StopFlag()
+    try:
+        signal.raise_signal(getattr(signal, name))
+        assert flag.set
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        flag.restore()
+
+
+# -------------------------------------------------------------------------------------------- precision
+
+
+def test_autocast() -> None:
+    cpu, x = torch.device("cpu"), torch.ones(2, 2)
+    for precision, dtype in (("auto", torch.float32), ("float32", torch.float32), ("bf16", torch.bfloat16),
+                             ("fp16", torch.float16)):
+        context = autocast(precision, cpu)
+        for _ in range(2):                      # one context, entered at each step
+            with context:
+                assert (x @ x).dtype == dtype
+    with pytest.raises(UserError, match="--precision fp16"):
+        autocast("fp16", torch.device("mps"))
+
+
+def test_help_shows_defaults_but_no_empty_ones(capsys) -> None:
+    with pytest.raises(SystemExit):
+        common.parse_flags(TrainConfig, "text", ["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "(default: 400)" in said and "(default: )" not in said and "checkpoints to keep" in said
+
+
+def test_best_starts_at_infinity() -> None:
+    assert run_state().best == math.inf

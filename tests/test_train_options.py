@@ -1,0 +1,123 @@
+"""Every option of train_diffusion that saves memory or time: what it changes, what it must not, what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from train import common, train_diffusion
+from train.common import UserError
+from train.train_diffusion import TrainConfig, check, check_shares
+from train.writer import Preset
+
+ROOT = Path(__file__).parent.parent
+TINY = TrainConfig(data=str(ROOT / "data" / "calligraphy"), size=16, preset="tiny", steps=4, batch=4, samples=0,
+                   sample_steps=1, device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(train_diffusion.PRESETS, "tiny", Preset((8, 16), (False, True), 1, 32, 1))
+
+
+def train(out: Path, **changes) -> list[float]:
+    """The losses of a run."""
+    train_diffusion.main(dataclasses.replace(TINY, out=str(out), **changes))
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> list[float]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train_diffusion.PRESETS, "tiny", Preset((8, 16), (False, True), 1, 32, 1))
+        return train(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_near_but_not_equal(tmp_path: Path, plain: list[float], precision: str) -> None:
+    losses = train(tmp_path, precision=precision)
+    assert losses == pytest.approx(plain, rel=0.03) and losses != plain
+    state = common.load_checkpoint(tmp_path / "checkpoint.pt")
+    assert all(weight.dtype == torch.float32 for weight in state["model"].values() if weight.is_floating_point())
+    assert ("scale" in state["scaler"]) == (precision == "fp16")
+
+
+def test_fp16_steps_that_overflow_are_left_out_and_lower_the_scale(tmp_path: Path, monkeypatch) -> None:
+    diffusion_loss, calls, seen = train_diffusion.diffusion_loss, [], []
+
+    def overflows(writer, *args):
+        calls.append(1)
+        seen.append(writer.unet.conv_in.weight.detach().clone())
+        return diffusion_loss(writer, *args) * (1e38 if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(train_diffusion, "diffusion_loss", overflows)
+    train(tmp_path, precision="fp16", warmup=0)
+    assert torch.equal(seen[1], seen[2]) and not torch.equal(seen[2], seen[3])
+    assert common.load_checkpoint(tmp_path / "checkpoint.pt")["scaler"]["scale"] == 2.0**15
+
+
+def test_pieces_and_recomputing_change_nothing_but_rounding(tmp_path: Path, plain: list[float]) -> None:
+    assert train(tmp_path / "a", accumulate=2) == pytest.approx(plain, rel=1e-4)
+    assert train(tmp_path / "b", gradient_checkpointing=True) == pytest.approx(plain, rel=1e-4)
+
+
+def test_recomputing_keeps_fewer_tensors(tmp_path: Path, monkeypatch) -> None:
+    kept: dict[bool, int] = {}
+    diffusion_loss = train_diffusion.diffusion_loss
+
+    def counted(writer, *args):
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+            loss = diffusion_loss(writer, *args)
+        kept[writer.unet.is_gradient_checkpointing] = sum(sizes)
+        return loss
+
+    monkeypatch.setattr(train_diffusion, "diffusion_loss", counted)
+    for on in (False, True):
+        train(tmp_path, steps=1, gradient_checkpointing=on)
+    assert kept[True] < 0.5 * kept[False]
+
+
+def test_compile_compiles_the_unet_and_changes_no_key(tmp_path: Path, plain: list[float], monkeypatch) -> None:
+    compiled = []
+
+    def eager(self, *args, **kwargs):       # the real thing needs a C++ compiler and a minute
+        compiled.append(type(self).__name__)
+
+    monkeypatch.setattr(nn.Module, "compile", eager)
+    assert train(tmp_path, compile=True) == plain
+    assert compiled == ["UNet2DConditionModel"]
+    assert "unet.conv_in.weight" in common.load_checkpoint(tmp_path / "checkpoint.pt")["model"]
+
+
+def test_clipping_bounds_the_step(tmp_path: Path) -> None:
+    assert train(tmp_path / "a", clip=1e-9, optimizer="adamw") != train(tmp_path / "b", optimizer="adamw")
+
+
+def test_checkpoints_every_few_steps(tmp_path: Path) -> None:
+    train(tmp_path, steps=9, save_every=2, keep=4)
+    steps = {path.name: common.load_checkpoint(path)["step"] for path in tmp_path.glob("*.pt")}
+    assert [steps[name] for name in ("checkpoint.pt", "checkpoint.1.pt", "checkpoint.2.pt", "checkpoint.3.pt")] == [9, 8, 6, 4]
+    assert steps["best.pt"] in (0, 9)
+
+
+@pytest.mark.parametrize("changes,words", [
+    ({"accumulate": 0}, "--accumulate 0"), ({"save_every": 0}, "--save-every 0"), ({"keep": 0}, "--keep 0"),
+])
+def test_refused(changes: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check(dataclasses.replace(TINY, **changes))
+
+
+def test_a_batch_that_cannot_be_shared_is_refused() -> None:
+    with pytest.raises(UserError, match="--batch 20.* 3 processes"):
+        check_shares(dataclasses.replace(TINY, batch=20), 3)
+    with pytest.raises(UserError, match="--accumulate 3"):
+        check_shares(dataclasses.replace(TINY, batch=4, accumulate=3), 1)
+    check_shares(dataclasses.replace(TINY, batch=20, accumulate=5), 2)

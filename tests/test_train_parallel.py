@@ -1,0 +1,195 @@
+"""Two processes, or a batch in two parts, do what one process does on the whole batch: to float64 rounding."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.fsdp
+
+from data.folder import PictureFolder
+from miniclip.weights import load_file
+from train import common, matcher, train_clip, train_diffusion
+from train.common import UserError
+from train.parallel import Group
+from train.train_diffusion import TrainConfig
+from train.writer import Preset
+
+ROOT = Path(__file__).parent.parent
+TINY = TrainConfig(data=str(ROOT / "data" / "calligraphy"), size=16, preset="tiny", steps=4, batch=4, samples=0,
+                   sample_steps=1, optimizer="adamw", device="cpu")
+CLIP_PRESET = matcher.Preset("vit", 32, (1,), 8, 32, 1, 32)
+needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes by fork")
+
+
+def process(rank: int, size: int, port: int, work: Callable[[], None]) -> None:
+    """What torchrun gives each process, without the seconds that torchrun takes to start."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
+    common.run(work)
+
+
+def together(size: int, work: Callable[[], None]) -> list[int]:
+    """Exit codes of `size` processes that run `work` as one job."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    jobs = [context.Process(target=process, args=(rank, size, port, work)) for rank in range(size)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(120)
+    return [job.exitcode for job in jobs]
+
+
+@pytest.fixture
+def float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = PictureFolder.pictures
+    monkeypatch.setattr(PictureFolder, "pictures", lambda self: pictures(self).double())
+    monkeypatch.setitem(train_diffusion.PRESETS, "tiny", Preset((8, 16), (False, True), 1, 32, 1))
+    monkeypatch.setitem(train_clip.PRESETS, "vit-tiny", CLIP_PRESET)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def train(out: Path, size: int = 1, **changes) -> Path:
+    def work() -> None:
+        train_diffusion.main(dataclasses.replace(TINY, out=str(out), **changes))
+
+    if size == 1:
+        work()
+    else:
+        assert together(size, work) == [0] * size
+    return out
+
+
+def match(out: Path, size: int = 1, **changes) -> Path:
+    cfg = train_clip.TrainConfig(data=str(ROOT / "data" / "herbs"), out=str(out), size=32, preset="vit-tiny", batch=8,
+                                 steps=4, checks=0, warmup=0, optimizer="adamw", device="cpu")
+
+    def work() -> None:
+        train_clip.main(dataclasses.replace(cfg, **changes))
+
+    if size == 1:
+        work()
+    else:
+        assert together(size, work) == [0] * size
+    return out
+
+
+def rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def agree(one: Path, other: Path, weights: str = "model/unet/diffusion_pytorch_model.safetensors") -> None:
+    """Losses, gradient norms and validation of every step, and the weights at the end."""
+    assert len(rows(one)) == len(rows(other)) == 6
+    for a, b in zip(rows(one), rows(other), strict=True):
+        assert a == pytest.approx(b, rel=1e-11, abs=1e-14)
+    a, b = (load_file(out / weights) for out in (one, other))
+    assert all(torch.allclose(a[name], b[name], rtol=1e-9, atol=1e-12) for name in a)
+
+
+@needs_fork
+def test_two_processes_equal_one(tmp_path: Path, float64) -> None:
+    one = train(tmp_path / "one")
+    agree(one, train(tmp_path / "two", size=2))
+    agree(one, train(tmp_path / "pieces", accumulate=2))
+    agree(one, train(tmp_path / "both", size=2, accumulate=2))
+    agree(one, train(tmp_path / "frugal", gradient_checkpointing=True))
+    assert rows(one) != rows(train(tmp_path / "other", seed=1))
+
+
+@needs_fork
+@pytest.mark.parametrize("loss", ["infonce", "siglip"])
+def test_two_processes_that_match_pictures_equal_one(tmp_path: Path, float64, loss: str) -> None:
+    """Every picture meets every caption, those of the other process too, and the gradients know it."""
+    one = match(tmp_path / "one", loss=loss)
+    agree(one, match(tmp_path / "two", size=2, loss=loss), "model/model.safetensors")
+    agree(one, match(tmp_path / "chunks", chunk=3, loss=loss), "model/model.safetensors")
+
+
+@needs_fork
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, float64, monkeypatch) -> None:
+    def stop_after_two(*args):
+        if losses.append(1) or len(losses) == 2:
+            os.kill(os.getpid(), 15)                        # of one process alone: they agree to stop
+        return diffusion_loss(*args)
+
+    one, losses, diffusion_loss = train(tmp_path / "one"), [], train_diffusion.diffusion_loss
+    with monkeypatch.context() as patch:
+        patch.setattr(train_diffusion, "diffusion_loss", stop_after_two)
+        train(tmp_path / "run", size=2)
+    assert common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
+    agree(one, train(tmp_path / "run", size=1, resume=True))
+    (tmp_path / "run" / "checkpoint.pt").unlink()           # the one before it: step 2
+    agree(one, train(tmp_path / "run", size=2, resume=True))
+
+
+@needs_fork
+def test_shared_out_weights_are_the_same_run(tmp_path: Path, float64) -> None:
+    """FSDP2: same numbers, same files; and it may go on with one process that holds everything, and back."""
+    if not hasattr(torch.distributed.fsdp, "fully_shard"):
+        pytest.skip("FSDP2 needs PyTorch 2.6")
+    one, run = train(tmp_path / "one"), tmp_path / "run"
+    agree(one, train(run, size=2, shard=True, save_every=1, keep=9))
+    a, b = (common.load_checkpoint(out / "checkpoint.pt") for out in (one, run))
+    assert all(torch.allclose(a["model"][k], b["model"][k], rtol=1e-9, atol=1e-12) for k in a["model"])
+    (run / "checkpoint.pt").unlink()
+    agree(one, train(run, resume=True, save_every=1, keep=9))
+    (run / "checkpoint.pt").unlink()
+    agree(one, train(run, size=2, resume=True, shard=True, save_every=1, keep=9))
+
+
+@pytest.mark.parametrize("changes", [{"optimizer": "muon"}, {"lora": 2, "init": "x"}, {"compile": True}])
+def test_what_cannot_be_shared_out_is_refused(changes: dict) -> None:
+    with pytest.raises(UserError, match="--shard"):
+        train_diffusion.check(dataclasses.replace(TINY, shard=True, **changes))
+    with pytest.raises(UserError, match="torchrun"):
+        train_diffusion.check_shares(dataclasses.replace(TINY, shard=True), 1)
+
+
+@needs_fork
+def test_a_process_that_fails_says_so(tmp_path: Path, monkeypatch, capfd) -> None:
+    monkeypatch.setitem(train_diffusion.PRESETS, "tiny", Preset((8, 16), (False, True), 1, 32, 1))
+    diffusion_loss = train_diffusion.diffusion_loss
+
+    def fails(*args):
+        if os.environ["RANK"] == "1":
+            raise UserError("the disk of this machine is gone")
+        return diffusion_loss(*args)
+
+    monkeypatch.setattr(train_diffusion, "diffusion_loss", fails)
+    codes = together(2, lambda: train_diffusion.main(dataclasses.replace(TINY, out=str(tmp_path / "run"))))
+    assert 0 not in codes and "error (process 1): the disk of this machine is gone" in capfd.readouterr().err
+
+
+@needs_fork
+def test_what_processes_cannot_share_is_refused(tmp_path: Path, capfd) -> None:
+    base = train_clip.TrainConfig(data=str(ROOT / "data" / "herbs"), out=str(tmp_path), size=32, batch=8, device="cpu")
+    for changes, words in (({"preset": "tiny"}, "batch norm"), ({"preset": "vit-tiny", "chunk": 2}, "--chunk 2"),
+                           ({"preset": "vit-tiny", "batch": 9}, "--batch 9")):
+        codes = together(2, partial(train_clip.main, dataclasses.replace(base, **changes)))
+        assert 0 not in codes and words in capfd.readouterr().err
+
+
+def test_shares_cover_the_batch_once() -> None:
+    cpu = torch.device("cpu")
+    for size, pieces in ((1, 1), (2, 1), (1, 3), (2, 3), (3, 2)):
+        shares = [part for rank in range(size) for part in Group(rank, size, cpu).shares(12, pieces)]
+        assert len(shares) == size * pieces
+        assert [i for part in shares for i in range(12)[part]] == list(range(12))
+
+
+def test_a_group_of_one_adds_nothing() -> None:
+    assert Group(0, 1, torch.device("cpu")).mean(0.1, 1 / 3) == [0.1, 1 / 3]

@@ -1,0 +1,128 @@
+"""Several processes that train as one: torchrun starts them, and each works on its rows of the same batch.
+
+    torchrun --nproc-per-node 2 -m train.train_diffusion --data data/calligraphy --out out/calligraphy
+
+Read after common.py. Every process draws the random numbers of the whole batch and keeps its share of the rows. So the
+result does not depend on how many there are, but for rounding, and a run may go on with another number of them.
+Papers: Li 2020 (DDP); Zhao 2023 (FSDP). Both are PyTorch's own; what is ours is how a batch is shared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from train.common import UserError
+
+
+class Group(NamedTuple):
+    """This process's place among `size`; the one of rank 0 prints and writes files."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        if self.main:
+            print(text, flush=True)
+
+    def shares(self, batch: int, pieces: int) -> list[slice]:
+        """This process's rows of a batch, in `pieces` equal parts: what it holds in memory at a time."""
+        rows = batch // (self.size * pieces)
+        first = self.rank * rows * pieces
+        return [slice(first + i * rows, first + (i + 1) * rows) for i in range(pieces)]
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows [B/n, E] of all processes, in order: [B, E], with gradient."""
+        return rows if self.size == 1 else Gather.apply(rows)
+
+    def mean(self, *values: float) -> list[float]:
+        """The mean over all processes, on each of them."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64 if self.device.type == "cpu" else None, device=self.device)
+        dist.all_reduce(total)
+        return (total / self.size).tolist()
+
+
+def join(device: torch.device) -> Group:
+    """Meets the other processes if torchrun started this one; otherwise a group of one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:         # how torchrun makes itself known
+        return Group(0, 1, device)
+    if not dist.is_available():
+        raise UserError("torchrun: this build of PyTorch has no torch.distributed")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+    return Group(dist.get_rank(), dist.get_world_size(), device)
+
+
+class Loss(nn.Module):
+    """A loss function of a model, as a module: DDP averages the gradients of what went through a forward pass."""
+
+    def __init__(self, model: nn.Module, function: Callable[..., Tensor]):
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.function(self.model, *args)
+
+
+def replicate(loss: Loss, group: Group, unused: bool = False) -> nn.Module:
+    """The same loss, whose backward pass leaves the mean of all processes' gradients.
+
+    `unused`: some weights may have no part in the loss, as in a text tower whose pooler nobody asks.
+    """
+    return loss if group.size == 1 else DistributedDataParallel(loss, find_unused_parameters=unused)
+
+
+def shard(parts: list[nn.Module], group: Group) -> None:
+    """FSDP2: each process keeps 1/n of every weight, gradient and optimizer state; blocks meet only while they compute.
+
+    parts: modules from the inside out, e.g. a UNet's blocks, then the UNet.
+    """
+    try:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:
+        raise UserError(f"--shard: needs PyTorch 2.6 or newer, this is {torch.__version__}") from None
+    mesh = init_device_mesh(group.device.type, (group.size,))
+    for part in parts:
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+
+
+@contextlib.contextmanager
+def synchronized(loss: nn.Module, now: bool) -> Iterator[None]:
+    """Within, a backward pass exchanges gradients only if `now`: of several pieces, the last one does it for all."""
+    with contextlib.nullcontext() if now or not hasattr(loss, "no_sync") else loss.no_sync():
+        yield
+
+
+class Gather(torch.autograd.Function):
+    """[B/n, E] of each of n processes -> [B, E] on all of them, and gradients back to where each row came from."""
+
+    @staticmethod
+    def forward(context: Any, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        context.own = slice(dist.get_rank() * len(rows), (dist.get_rank() + 1) * len(rows))
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)           # every process's loss looks at every row; DDP divides by n
+        return gradient[context.own]
