@@ -267,12 +267,16 @@ class PictureFolder(torch.utils.data.Dataset):
     `jitter`: None, or a function [1, C, H, W] -> [1, C, H, W]: functools.partial(jitter, generator=g).
     Pictures are decoded once and kept as uint8 until CACHE_BYTES are full.
     `index`: a file to keep the list of a large table in; it is read instead while captions.csv stays as it is.
+    `entries`: the list itself; then `root` is not looked at.
     """
 
-    def __init__(self, root, size=64, channels=1, caption_column="caption", fit="pad", jitter=None, index=None):
+    def __init__(self, root, size=64, channels=1, caption_column="caption", fit="pad", jitter=None, index=None,
+                 entries: list[Picture] | None = None):
         self.height, self.width = _check(size, channels, fit)
         self.channels, self.fit, self.jitter = channels, fit, jitter
-        self.entries = _indexed(Path(root), caption_column, Path(index)) if index else list_pictures(root, caption_column)
+        if entries is None:
+            entries = _indexed(Path(root), caption_column, Path(index)) if index else list_pictures(root, caption_column)
+        self.entries = entries
         self.captions = [entry.caption for entry in self.entries]
         self._cache: dict[int, torch.Tensor] = {}
 

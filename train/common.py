@@ -131,6 +131,22 @@ def make_folder(path: str | Path, write: bool = True) -> Path:
     return path
 
 
+def check_pattern(freeze: str) -> None:
+    try:
+        re.compile(freeze)
+    except re.error as error:
+        raise UserError(f"--freeze {freeze}: not a regular expression ({error})") from None
+
+
+def freeze_named(model: nn.Module, freeze: str) -> None:
+    """What has the regular expression in its name does not learn; something has to."""
+    for name, parameter in model.named_parameters():
+        if freeze and re.search(freeze, name):
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f"--freeze {freeze}: leaves nothing to learn")
+
+
 def local(tensor: Tensor) -> Tensor:
     """Of a tensor that FSDP shares out (a DTensor), this process's part; any other as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -18,12 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from miniclip.weights import WeightsError, load_file, save_file
+from miniclip.weights import WeightsError, load_file, save_file, write_json
 from minidiff.pipeline import StableDiffusionPipeline
 from train.common import UserError, flag, make_folder, parse_flags, run
 
 PROJECTIONS = re.compile(r"attn[12]\.to_(q|k|v|out\.0)$")       # of the UNet's attention, as diffusers' trainer takes
+CLIP_PROJECTIONS = re.compile(r"self_attn\.(q|k|v|out)_proj$")   # of CLIP's transformers
 FILE = "pytorch_lora_weights.safetensors"                       # the name that load_lora_weights looks for
+PEFT_FILE, PEFT = "adapter_model.safetensors", "base_model.model"      # what peft calls it, and puts before each key
 
 
 class LoRALinear(nn.Linear):
@@ -48,12 +50,22 @@ class LoRALinear(nn.Linear):
         return linear
 
 
-def add_lora(unet: nn.Module, rank: int, alpha: float) -> None:
+def check_lora(rank: int, alpha: float, init: str) -> None:
+    if rank < 0 or (rank and not init):
+        raise UserError(f"--lora {rank}: a rank above 0, beside an --init that it builds on")
+    if alpha and not rank:
+        raise UserError(f"--lora-alpha {alpha}: means nothing without --lora")
+
+
+def add_lora(model: nn.Module, rank: int, alpha: float, projections: re.Pattern = PROJECTIONS) -> None:
     """Every attention projection learns by LoRA, and nothing else does. alpha / rank is the scale of what it adds."""
-    unet.requires_grad_(False)
-    for name, module in list(unet.named_modules()):
-        if isinstance(module, nn.Linear) and PROJECTIONS.search(name):
-            unet.set_submodule(name, LoRALinear(module, rank, alpha / rank))
+    model.requires_grad_(False)
+    found = [(name, module) for name, module in model.named_modules()
+             if isinstance(module, nn.Linear) and projections.search(name)]
+    if not found:
+        raise UserError(f"--lora {rank}: this model has no attention projections ({projections.pattern})")
+    for name, module in found:
+        model.set_submodule(name, LoRALinear(module, rank, alpha / rank))
 
 
 @contextlib.contextmanager
@@ -69,27 +81,34 @@ def merged(unet: nn.Module) -> Iterator[None]:
             unet.set_submodule(name, layer)
 
 
-def save_lora(unet: nn.Module, path: Path) -> None:
+def save_lora(model: nn.Module, path: Path, prefix: str = "unet") -> None:
     """Keys `unet.<projection>.lora_A.weight` and `lora_B`, the scale inside B, so that every reader's default fits."""
     tensors = {}
-    for name, module in unet.named_modules():
+    for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
-            tensors[f"unet.{name}.lora_A.weight"] = module.lora_A.weight.detach()
-            tensors[f"unet.{name}.lora_B.weight"] = module.lora_B.weight.detach() * module.scale
+            tensors[f"{prefix}.{name}.lora_A.weight"] = module.lora_A.weight.detach()
+            tensors[f"{prefix}.{name}.lora_B.weight"] = module.lora_B.weight.detach() * module.scale
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, {"format": "pt"})
 
 
+def save_adapter(model: nn.Module, folder: Path, rank: int) -> None:
+    """A folder that peft's PeftModel.from_pretrained reads, for transformers' CLIPModel."""
+    save_lora(model, folder / PEFT_FILE, PEFT)
+    write_json(folder / "adapter_config.json", {"peft_type": "LORA", "r": rank, "lora_alpha": rank,
+                                                "target_modules": ".*" + CLIP_PROJECTIONS.pattern})
+
+
 @torch.no_grad()
-def merge_lora(unet: nn.Module, path: Path, scale: float = 1.0) -> None:
+def merge_lora(model: nn.Module, path: Path, scale: float = 1.0, prefix: str = "unet") -> None:
     """Adds scale * B A of a file to the projections that it names. Raises WeightsError for what does not fit."""
     tensors = {re.sub(r"lora\.(down|up)", older_name, key): value for key, value in load_file(path).items()}
     names = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
-    linears = {f"unet.{name}": module for name, module in unet.named_modules() if isinstance(module, nn.Linear)}
+    linears = {f"{prefix}.{name}": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name in names:
         pair = [tensors.pop(f"{name}.lora_{side}.weight", None) for side in "AB"]
         if name not in linears or any(part is None or part.ndim != 2 for part in pair):
-            raise WeightsError(f"{path}: {name!r} is not LoRA's A and B of a linear layer of this UNet")
+            raise WeightsError(f"{path}: {name!r} is not LoRA's A and B of a linear layer of this model")
         weight, (A, B) = linears[name].weight, (part.to(linears[name].weight) for part in pair)
         if (B.shape[0], A.shape[1]) != tuple(weight.shape) or A.shape[0] != B.shape[1]:
             raise WeightsError(f"{path}: {name!r} is {list(B.shape)} times {list(A.shape)}, the layer {list(weight.shape)}")

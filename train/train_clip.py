@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from data.folder import DataError, PictureFolder, jitter, list_pictures
+from data.folder import DataError, Picture, PictureFolder, Stream, jitter
 from miniclip.loss import cached_backward, chance, clamp_temperature, contrastive_loss, floor, ranks, siglip_loss
 from miniclip.weights import write_json
 from train import report
@@ -37,19 +38,23 @@ from train.common import (
     StopFlag,
     UserError,
     autocast,
+    check_pattern,
     describe_machine,
     fingerprint,
     flag,
+    freeze_named,
     make_folder,
     parse_flags,
     pick_device,
     run,
     save_picture,
 )
+from train.lora import CLIP_PROJECTIONS, add_lora, check_lora, merged, save_adapter
 from train.matcher import PRESETS, Matcher, build_matcher
 from train.optim import build_optimizers, set_learning_rate
 from train.parallel import Group, Loss, join, replicate
-from train.search import save_index
+from train.search import as_floats, save_index
+from train.stream import Skipped, check_workers, first_pictures
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,13 @@ class TrainConfig:
     threads: int = flag(0, "CPU threads; 0: one for a tiny preset, whose operations are too small to share, else all")
     precision: str = flag("auto", "of the forward pass; auto: bf16 on a GPU that has it, else float32",
                           choices=PRECISIONS)
+    gradient_checkpointing: bool = flag(False, "compute activations twice instead of keeping them, to save memory")
+    compile: bool = flag(False, "torch.compile both towers: slow to start, then faster, most of all on a GPU")
+    lora: int = flag(0, "rank of LoRA on the towers' attention: --init stays as it is, a small file learns; 0 for none")
+    lora_alpha: float = flag(0.0, "LoRA adds alpha / rank times what it learned; 0 takes the rank")
+    freeze: str = flag("", "leave alone what has this regular expression in its name, such as ^text_model")
+    stream: bool = flag(False, "read pictures as they are needed: for more than memory holds; skips broken files")
+    workers: int = flag(0, "processes that read ahead for --stream; 0 reads in the training process")
     save_every: int = flag(100, "steps between checkpoints, beside those at each evaluation")
     keep: int = flag(2, "how many checkpoints to keep, beside the best")
     resume: bool = flag(False, "go on from the run folder's newest good checkpoint")
@@ -95,16 +107,20 @@ def main(cfg: TrainConfig) -> None:
     if device.type == "cpu" and (cfg.threads or "tiny" in cfg.preset):
         torch.set_num_threads(cfg.threads or 1)
     out = make_folder(cfg.out, write=group.main)
-    pairs = read_pairs(cfg)
+    pairs, skipped = (list_pairs(cfg, out) if cfg.stream else read_pairs(cfg)), Skipped(out, group)
     train, test = pairs.split()
     if cfg.shuffle_captions:
         train = train.shuffled(cfg.seed)
+    shown = (some_of(train, cfg), some_of(test, cfg)) if cfg.stream else (train, test)      # to evaluate on
 
     # ---- model
     torch.manual_seed(cfg.seed)
     matcher = initial_matcher(cfg, [c for column in train.captions for c in column]).to(device)
     matcher.to(memory_format=torch.channels_last)           # convolutions run faster so, on CPUs and GPUs
     check_shares(cfg, group, matcher)
+    recompute(matcher, cfg.gradient_checkpointing)
+    if cfg.compile:
+        compile_towers(matcher)
     if group.main:
         matcher.warn_long(matcher.captions)
     texts = [matcher.tokens(column) for column in train.captions]                   # [N, T] for each column
@@ -139,6 +155,10 @@ def main(cfg: TrainConfig) -> None:
     if group.main:
         write_json(out / "config.json", {k: v for k, v in dataclasses.asdict(cfg).items() if k != "resume"})
     check_points = {0, cfg.steps} | {round(cfg.steps * (i / (cfg.checks + 1)) ** 1.3) for i in range(1, cfg.checks + 1)}
+    part, = group.shares(cfg.batch, 1)                      # this process's rows of each batch
+    batches = iter(DataLoader(Stream(folder_of(train, cfg), cfg.batch, cfg.seed, cfg.steps, part), None,
+                              sampler=range(start, cfg.steps), num_workers=cfg.workers,
+                              generator=torch.Generator())) if cfg.stream else iter(())     # draws no global numbers
     stop, stopping, progress, loss_mean = StopFlag(), False, Progress(cfg.steps, start), math.nan
     blind = math.log(cfg.batch)     # the loss of a model for which all pictures are alike
 
@@ -148,9 +168,12 @@ def main(cfg: TrainConfig) -> None:
         evaluating = step in check_points and step != resume_at
         if evaluating:
             with ema:
-                scores = evaluate(matcher, train, test, out if group.main else None, step)
-                if group.main:
-                    matcher.save(out / "model")
+                if cfg.lora and group.main:
+                    save_adapter(matcher.model, out / "lora", cfg.lora)
+                with merged(matcher.model):                 # LoRA, if any
+                    scores = evaluate(matcher, *shown, out if group.main else None, step)
+                    if group.main:
+                        matcher.save(out / "model")
             metrics.add(step=step, **scores)
             group.say(verdict(step, scores, loss_mean, blind, cfg))
         if evaluating or stopping or (step % cfg.save_every == 0 and step != resume_at):
@@ -159,14 +182,21 @@ def main(cfg: TrainConfig) -> None:
             if group.main:
                 checkpoints.save(state.capture(), best)
         if (evaluating or step == cfg.steps) and group.main:
-            write_report(out, cfg, metrics, speed, parameters, train, test)
+            write_report(out, cfg, metrics, speed, parameters, *shown)
         if step == cfg.steps or stopping:
             break
 
         factor = set_learning_rate(optimizers, step, cfg.steps, cfg.warmup)
-        chosen = draw_batch(len(train.pictures), cfg.batch, dice).to(device)
+        if cfg.stream:
+            pixels, chosen, broken = next(batches)
+            pictures = torch.ones(cfg.batch, *pixels.shape[1:])                     # those of other processes: white
+            pictures[part], chosen = pixels.float() / 127.5 - 1, group.gather(chosen.to(device))
+            skipped.add(broken)
+        else:
+            chosen = draw_batch(len(train.pictures), cfg.batch, dice).to(device)
+            pictures = train.pictures[chosen.cpu()]
         column = int(torch.randint(len(texts), (), generator=dice))
-        pictures = augment(train.pictures[chosen.cpu()], cfg, dice).to(device)
+        pictures = augment(pictures, cfg, dice).to(device)
         ids, mask = (t[chosen] for t in texts[column])
         ids, mask = (t[:, : int(mask.sum(dim=1).max())] for t in (ids, mask))       # no further than the longest text
         same = labels[column][chosen]
@@ -174,7 +204,6 @@ def main(cfg: TrainConfig) -> None:
         set_training(matcher, cfg.lock)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        part, = group.shares(cfg.batch, 1)
         rows = pictures[part], ids[part], mask[part]
         with amp:
             loss = chunked_backward(trained, *rows, same, cfg, scaler) if cfg.chunk else loss_of(*rows, same, group, cfg)
@@ -199,7 +228,9 @@ def main(cfg: TrainConfig) -> None:
         ema.update(step)
 
         loss_mean = value if math.isnan(loss_mean) else 0.9 * loss_mean + 0.1 * value
-        metrics.add(step=step, loss=value, blind=blind, grad_norm=norm, lr=factor, logit_scale=matcher.model.logit_scale.item())
+        scale = matcher.model.logit_scale                   # told of if it learns: else it is no wonder that it stands
+        metrics.add(step=step, loss=value, blind=blind, grad_norm=norm, lr=factor,
+                    **({"logit_scale": scale.item()} if scale.requires_grad else {}))
         speed.add(step)
         if group.main:
             progress.show(step + 1, f"loss {loss_mean:.3f}")
@@ -209,10 +240,14 @@ def main(cfg: TrainConfig) -> None:
     if stopping and step < cfg.steps:
         group.say(f"stopped at step {step}; go on with the same command and --resume")
         return
-    with ema:
+    with ema, merged(matcher.model):
         if group.main:
-            save_index(out / "index", pairs.files, pairs.captions[0], matcher.embed_pictures(pairs.pictures))
-    group.say(f"done in {speed.seconds():.0f} s: open {out / 'report.html'}; ask with "
+            if cfg.stream:
+                index_stream(matcher, pairs, out / "index", skipped)
+            else:
+                save_index(out / "index", pairs.files, pairs.captions[0], matcher.embed_pictures(pairs.pictures))
+    left = f", {len(skipped.files)} broken files left out ({skipped.path})" if skipped.files else ""
+    group.say(f"done in {speed.seconds():.0f} s{left}: open {out / 'report.html'}; ask with "
               f"python -m train.search --run {out} --text {train.captions[0][0]}")
 
 
@@ -235,6 +270,9 @@ def check(cfg: TrainConfig) -> None:
         raise UserError(f"--hues {cfg.hues}: from 0 to 1")
     if not 0 <= cfg.ema < 1:
         raise UserError(f"--ema {cfg.ema}: from 0 up to, not including, 1")
+    check_pattern(cfg.freeze)
+    check_workers(cfg.workers, cfg.stream)
+    check_lora(cfg.lora, cfg.lora_alpha, cfg.init)
 
 
 def check_shares(cfg: TrainConfig, group: Group, matcher: Matcher) -> None:
@@ -273,17 +311,25 @@ class Pairs:
 
 
 def read_pairs(cfg: TrainConfig) -> Pairs:
+    pairs = list_pairs(cfg)
+    return dataclasses.replace(pairs, pictures=folder_of(pairs, cfg).pictures())
+
+
+def list_pairs(cfg: TrainConfig, out: Path | None = None) -> Pairs:
+    """The pairs with pictures of no pixels [N, 0]. The lists of a large table are kept in `out`."""
     columns = [name.strip() for name in cfg.caption_column.split(",") if name.strip()]
     if not columns:
         raise UserError("--caption-column: name at least one column")
     if not (Path(cfg.data) / "captions.csv").exists():
         columns = ["caption"]                                       # class folders: their names are the captions
-    entries = [list_pictures(cfg.data, column) for column in columns]
-    captions = [[entry.caption for entry in column] for column in entries]
+    wanted = [*columns, *([cfg.hold_out.split("=", 1)[0]] if cfg.hold_out else [])]
+    folders = [PictureFolder(cfg.data, size=cfg.size, channels=3, caption_column=column,
+                             index=out / f"index.{i}.json" if out else None) for i, column in enumerate(wanted)]
+    captions = [folder.captions for folder in folders[:len(columns)]]
     held_out = [False] * len(captions[0])
     if cfg.hold_out:
         name, value = cfg.hold_out.split("=", 1)
-        values = [entry.caption for entry in list_pictures(cfg.data, name)]
+        values = folders[-1].captions
         held_out = [v == value for v in values]
         if not any(held_out) or all(held_out):
             known = ", ".join(list(dict.fromkeys(values))[:10])
@@ -294,8 +340,38 @@ def read_pairs(cfg: TrainConfig) -> Pairs:
         raise DataError(f"{cfg.data}: one caption for all pictures; matching needs at least two")
     if len(trained) > 2 and all(Path(c).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") for c in trained):
         raise DataError(f"{cfg.data}: the captions are file names; are two columns of captions.csv swapped?")
-    folder = PictureFolder(cfg.data, size=cfg.size, channels=3, caption_column=columns[0])
-    return Pairs([str(entry.path) for entry in folder.entries], folder.pictures(), captions, held_out)
+    files = [str(entry.path) for entry in folders[0].entries]
+    return Pairs(files, torch.empty(len(files), 0), captions, held_out)
+
+
+def folder_of(pairs: Pairs, cfg: TrainConfig) -> PictureFolder:
+    """Reads just these pictures, in this order."""
+    entries = [Picture(Path(file), caption) for file, caption in zip(pairs.files, pairs.captions[0], strict=True)]
+    return PictureFolder(cfg.data, size=cfg.size, channels=3, entries=entries)
+
+
+def some_of(pairs: Pairs, cfg: TrainConfig) -> Pairs:
+    """Up to 64 pairs with their pictures."""
+    if not pairs.files:
+        return pairs
+    pictures, rows = first_pictures(folder_of(pairs, cfg))
+    captions = [[column[i] for i in rows] for column in pairs.captions]
+    return Pairs([pairs.files[i] for i in rows], pictures, captions, [pairs.held_out[i] for i in rows])
+
+
+def index_stream(matcher: Matcher, pairs: Pairs, folder: Path, skipped: Skipped, batch: int = 256) -> None:
+    """The index of all pictures that can be read, a batch in memory at a time."""
+    kept, parts = [], []
+    for first in range(0, len(pairs.files), batch):
+        pictures = []
+        for i in range(first, min(first + batch, len(pairs.files))):
+            try:
+                pictures.append(as_floats(pairs.files[i], matcher.size))
+                kept.append(i)
+            except DataError as error:
+                skipped.add([str(error)])
+        parts += [matcher.embed_pictures(torch.stack(pictures))] if pictures else []
+    save_index(folder, [pairs.files[i] for i in kept], [pairs.captions[0][i] for i in kept], torch.cat(parts))
 
 
 def indices(texts: list[str]) -> Tensor:
@@ -339,9 +415,14 @@ def turn_hues(ink: Tensor, limit: float, dice: torch.Generator) -> Tensor:
 
 
 def initial_matcher(cfg: TrainConfig, captions: list[str]) -> Matcher:
-    """A fresh matcher, or the one of --init with one tower locked if asked."""
-    if not cfg.init:
-        return build_matcher(PRESETS[cfg.preset], cfg.size, captions)
+    """A fresh matcher or the one of --init, with what shall not learn frozen."""
+    matcher = loaded_matcher(cfg, captions) if cfg.init else build_matcher(PRESETS[cfg.preset], cfg.size, captions)
+    freeze_named(matcher.model, cfg.freeze)
+    return matcher
+
+
+def loaded_matcher(cfg: TrainConfig, captions: list[str]) -> Matcher:
+    """The one of --init, with one tower locked if asked."""
     matcher = Matcher.load(cfg.init)
     if matcher.size != cfg.size:
         raise UserError(f"--init {cfg.init}: reads pictures of size {matcher.size}; give --size {matcher.size}")
@@ -349,6 +430,8 @@ def initial_matcher(cfg: TrainConfig, captions: list[str]) -> Matcher:
     if cfg.chunk and norms and cfg.lock != "image":
         raise UserError(f"--chunk {cfg.chunk}: this model has batch norm, which needs the whole batch")
     matcher.captions = list(dict.fromkeys(captions))
+    if cfg.lora:
+        add_lora(matcher.model, cfg.lora, cfg.lora_alpha or cfg.lora, CLIP_PROJECTIONS)
     for module in modules_of(matcher, cfg.lock):
         for p in module.parameters(recurse=False):
             p.requires_grad_(False)
@@ -364,10 +447,29 @@ def modules_of(matcher: Matcher, side: str) -> list[nn.Module]:
     return [module for tower in towers for module in tower.modules()]
 
 
+def recompute(matcher: Matcher, on: bool) -> None:
+    """Transformers keep only what enters their blocks; a ResNet keeps all, as its batch norms must not see it twice."""
+    blocks = [module for module in matcher.modules() if hasattr(module, "gradient_checkpointing")]
+    if on and not blocks:
+        raise UserError("--gradient-checkpointing: this model has no transformer that can compute twice")
+    for module in blocks:
+        module.gradient_checkpointing = on
+
+
+def compile_towers(matcher: Matcher) -> None:
+    for side in ("image", "text"):
+        tower, *inside = modules_of(matcher, side)
+        (inside[0] if isinstance(tower, nn.ModuleDict) else tower).compile()       # a ModuleDict is never called
+
+
 def set_training(matcher: Matcher, lock: str) -> None:
-    """Train mode, but for a locked tower: its batch norms keep their statistics, its dropout stays off."""
+    """Train mode, but for a locked tower: its batch norms keep their statistics, its dropout stays off.
+
+    So do batch norms whose weights are frozen one by one.
+    """
     matcher.train()
-    for module in modules_of(matcher, lock):
+    norms = [m for m in matcher.modules() if isinstance(m, nn.BatchNorm2d) and not m.weight.requires_grad]
+    for module in [*norms, *modules_of(matcher, lock)]:
         module.training = False
 
 
@@ -473,7 +575,8 @@ def draw_matrix(similarity: Tensor, pairs: Pairs, names: list[str], path: Path, 
 # ---------------------------------------------------------------------------------------- saving and telling
 
 
-MAY_CHANGE = ("out", "data", "device", "resume", "checks", "threads", "save_every", "keep")
+MAY_CHANGE = ("out", "data", "device", "resume", "checks", "threads", "compile", "gradient_checkpointing", "save_every",
+              "keep", "workers")
 
 
 WAYS = {"picture to name": "image_to_text", "name to picture": "text_to_image"}

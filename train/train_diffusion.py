@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,9 +39,11 @@ from train.common import (
     StopFlag,
     UserError,
     autocast,
+    check_pattern,
     describe_machine,
     fingerprint,
     flag,
+    freeze_named,
     grid_columns,
     make_folder,
     parse_flags,
@@ -53,9 +54,10 @@ from train.common import (
 )
 from train.latent import LatentWriter, load_pipeline
 from train.lora import FILE as LORA_FILE
-from train.lora import add_lora, merged, save_lora
+from train.lora import add_lora, check_lora, merged, save_lora
 from train.optim import build_optimizers, set_learning_rate
 from train.parallel import Group, Loss, join, replicate, shard, synchronized
+from train.stream import Skipped, check_workers, first_pictures
 from train.writer import PRESETS, PictureFormat, Writer, build_writer
 
 
@@ -115,7 +117,8 @@ def main(cfg: TrainConfig) -> None:
     own = slice(parts[0].start, parts[-1].stop)             # this process's rows of each batch
     stream, skipped = Stream(folder, cfg.batch, cfg.seed, cfg.steps, own), Skipped(out, group)
     if cfg.stream:
-        pictures, shown = first_pictures(folder)            # some to validate on
+        pictures, rows = first_pictures(folder)             # some to validate on
+        shown = [captions[i] for i in rows]
     else:
         pictures, shown = folder.pictures(), captions
     pictures = pictures.to(device)                                                  # [N, C, S, S] in [-1, 1]
@@ -260,18 +263,11 @@ def check(cfg: TrainConfig) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: between 0 and 1")
     if cfg.shard and (cfg.optimizer == "muon" or cfg.lora or cfg.compile):
         raise UserError("--shard: not with --lora or --compile, and with --optimizer adamw, as Muon needs whole matrices")
-    if cfg.workers < 0 or (cfg.workers and not cfg.stream):
-        raise UserError(f"--workers {cfg.workers}: only --stream reads ahead")
-    if cfg.lora < 0 or (cfg.lora and not cfg.init):
-        raise UserError(f"--lora {cfg.lora}: a rank above 0, beside an --init that it builds on")
-    if cfg.lora_alpha and not cfg.lora:
-        raise UserError(f"--lora-alpha {cfg.lora_alpha}: means nothing without --lora")
+    check_workers(cfg.workers, cfg.stream)
+    check_lora(cfg.lora, cfg.lora_alpha, cfg.init)
     if cfg.tokenizer and (not cfg.init or Path(cfg.init).is_dir()):
         raise UserError(f"--tokenizer {cfg.tokenizer}: only for an --init that is a single file")
-    try:
-        re.compile(cfg.freeze)
-    except re.error as error:
-        raise UserError(f"--freeze {cfg.freeze}: not a regular expression ({error})") from None
+    check_pattern(cfg.freeze)
     if cfg.sample_steps > 1000:
         raise UserError(f"--sample-steps {cfg.sample_steps}: at most the 1000 timesteps of training")
 
@@ -307,11 +303,7 @@ def initial_writer(cfg: TrainConfig, captions: list[str]) -> Writer:
     if cfg.lora:
         writer.requires_grad_(False)
         add_lora(writer.unet, cfg.lora, cfg.lora_alpha or cfg.lora)
-    for name, parameter in writer.named_parameters():
-        if cfg.freeze and re.search(cfg.freeze, name):
-            parameter.requires_grad_(False)
-    if not any(p.requires_grad for p in writer.parameters()):
-        raise UserError(f"--freeze {cfg.freeze}: leaves nothing to learn")
+    freeze_named(writer, cfg.freeze)
     return writer
 
 
@@ -338,26 +330,6 @@ def draw(n: int, writer: Writer, cfg: TrainConfig, dice: torch.Generator) -> tup
     even = (torch.randperm(B, generator=dice) + torch.rand(B, generator=dice)) / B
     noise = torch.randn(B, *writer.code_shape, generator=dice)
     return chosen, moves, told, (even * T).long().clamp(max=T - 1), noise
-
-
-def first_pictures(folder: PictureFolder) -> tuple[Tensor, list[str]]:
-    """Up to 64 pictures of the first shuffle of seed 0, as [N, C, S, S] in [-1, 1], and their captions."""
-    pixels, indices, _ = Stream(folder, min(64, len(folder)), 0, 1)[0]
-    return pixels.float() / 127.5 - 1, [folder.captions[i] for i in indices]
-
-
-class Skipped:
-    """The broken files of a stream, each once, in skipped.txt of the run folder."""
-
-    def __init__(self, out: Path, group: Group):
-        self.path = out / ("skipped.txt" if group.main else f"skipped.{group.rank}.txt")
-        self.files: dict[str, None] = {}
-
-    def add(self, messages: list[str]) -> None:
-        if new := [message for message in messages if message not in self.files]:
-            self.files |= dict.fromkeys(new)
-            with atomic_write(self.path) as file:
-                file.write("".join(line + "\n" for line in self.files).encode("utf-8"))
 
 
 def draw_batch(n: int, batch: int, dice: torch.Generator) -> Tensor:

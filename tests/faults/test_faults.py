@@ -6,13 +6,16 @@ import ctypes
 import os
 import re
 import resource
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from miniclip.weights import WeightsError
-from tests.faults.harness import DIFFUSION, FORK, SCRIPTS, live, step_of, torment
+from tests.faults.harness import DIFFUSION, FORK, SCRIPTS, differences, live, step_of, torment
 from train.common import Checkpoints, UserError, load_checkpoint
 
 pytestmark = pytest.mark.skipif(FORK is None, reason="the harness forks")
@@ -48,6 +51,48 @@ def test_a_full_disk(tmp_path: Path, share: float) -> None:
     assert end.code == 2 and "cannot be written" in one_line(end.error) and step_of(tmp_path) == (2, False)
     assert not list(tmp_path.rglob("*.tmp"))
     assert live(DIFFUSION, out=str(tmp_path), resume=True).code == 0 and step_of(tmp_path) == (12, False)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 16 MiB; only root of a Linux may mount one, and not in every container."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount")
+    done = mount and subprocess.run([mount, "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True, text=True)
+    if not done or done.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip() if done else 'no mount'}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_disk_that_is_truly_full(small_disk: Path, tmp_path: Path, name: str) -> None:
+    """Something else takes all space but half a checkpoint; when it is gone the run goes on to the very same files."""
+    script, run = SCRIPTS[name], small_disk / "run"
+
+    def fill_later() -> None:
+        save = Checkpoints.save
+
+        def fills(self, state, best):
+            save(self, state, best)
+            if state["step"] == 2:
+                space = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+                half = self.kept[0].stat().st_size // 2
+                (small_disk / "other").write_bytes(bytes(max(0, space - half)))
+
+        Checkpoints.save = fills
+
+    size = {"keep": 1}
+    end = live(script, before=fill_later, out=str(run), **size)
+    assert end.code == 2 and "run" in one_line(end.error) and (small_disk / "other").exists()
+    assert step_of(run) == (2, False) and not list(run.rglob("*.tmp"))
+    end = live(script, out=str(run), resume=True, **size)
+    assert end.code == 2 and step_of(run) == (2, False) and one_line(end.error)                 # still full
+    (small_disk / "other").unlink()
+    assert live(script, out=str(run), resume=True, **size).code == 0 and step_of(run) == (12, False)
+    assert live(script, out=str(tmp_path / "whole"), **size).code == 0
+    assert differences(tmp_path / "whole", run) == []
 
 
 def lose_privileges() -> None:
