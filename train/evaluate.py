@@ -124,8 +124,8 @@ def memory(writer: Writer, data: PictureFolder, cfg: EvaluateConfig, folder: Pat
     print("\n".join(f"memory: {name}: median {median}, from {low} to {high}" for name, median, low, high in rows))
     results = {f"aligned distance, {name}": d.median().item() for name, d in groups.items()}
     return results, [
-        "<h2>Memory</h2><p>Distance after the best affine alignment. Samples as near as jittered copies are redrawings "
-        "of a training picture; as far as training pictures are from each other, they are new.</p>",
+        "<h2>Memory</h2><p>Distance after the best affine alignment. Samples as near as jittered copies would be copies "
+        "of a training picture, as far as training pictures are from each other new ones; in between they redraw.</p>",
         report.table(rows, ["", "median", "least", "most"]),
     ]
 
