@@ -66,6 +66,7 @@ def _axes(x_range: tuple, y_range: tuple, place: Any, log: bool, x_label: str, y
         y = y_range[0] + (y_range[1] - y_range[0]) * i / 4
         y = 10**y if log else y
         x = x_range[0] + (x_range[1] - x_range[0]) * i / 4
+        x = round(x) if x_range[1] - x_range[0] >= 8 else x         # steps are whole
         height, right = place(x_range[0], y)[1], place(x, 10**y_range[0] if log else y_range[0])[0]
         parts.append(f'<line x1="{MARGIN}" x2="{WIDTH - MARGIN}" y1="{height:.1f}" y2="{height:.1f}" stroke="#ddd"/>'
                      f'<text x="{MARGIN - 6}" y="{height + 4:.1f}" text-anchor="end">{_tick(y)}</text>'
