@@ -442,8 +442,8 @@ def write_report(out: Path, cfg: TrainConfig, metrics: Metrics, speed: Speed, pa
         "<p>Fixed pictures, timesteps and noise. The best possible value is computed exactly from the training "
         "pictures; only a captioned model may go below it. Timestep by timestep, 0 being clean and 999 noise:</p>",
         report.table(rows, ["timestep", "with captions", "without captions", "best without captions"]),
-        *report.curves({"": (metrics.rows, speed.metrics.rows)}),
         "<h2>On the way</h2>", *(report.picture(path, f"after {int(path.stem)} steps") for path in grids[1:]),
+        *report.curves({"": (metrics.rows, speed.metrics.rows)}),
         "<h2>Settings</h2>", report.table(list(dataclasses.asdict(cfg).items())),
     ])
 
