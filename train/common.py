@@ -439,6 +439,17 @@ class StopFlag:
             signal.signal(number, handler)
 
 
+def draw_batch(n: int, batch: int, dice: torch.Generator) -> Tensor:
+    """Indices [batch]: whole shuffled rounds of the pictures first, so that each is seen equally often."""
+    rounds = [torch.randperm(n, generator=dice) for _ in range(math.ceil(batch / n))]
+    return torch.cat(rounds)[:batch]
+
+
+def evaluation_steps(steps: int, times: int) -> set[int]:
+    """When to evaluate: at the start, at the end, and `times` on the way, closer together at first."""
+    return {0, steps} | {round(steps * (i / (times + 1)) ** 1.3) for i in range(1, times + 1)}
+
+
 def save_picture(picture: Tensor, path: Path) -> None:
     """[C, H, W] in [-1, 1] as a PNG, grey if C is 1."""
     path.parent.mkdir(parents=True, exist_ok=True)

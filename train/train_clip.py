@@ -40,6 +40,8 @@ from train.common import (
     autocast,
     check_pattern,
     describe_machine,
+    draw_batch,
+    evaluation_steps,
     fingerprint,
     flag,
     freeze_named,
@@ -154,7 +156,7 @@ def main(cfg: TrainConfig) -> None:
     speed = Speed(Metrics(out / "speed.jsonl" if group.main else None, resume_at), device, cfg.steps, cfg.batch)
     if group.main:
         write_json(out / "config.json", {k: v for k, v in dataclasses.asdict(cfg).items() if k != "resume"})
-    check_points = {0, cfg.steps} | {round(cfg.steps * (i / (cfg.checks + 1)) ** 1.3) for i in range(1, cfg.checks + 1)}
+    check_points = evaluation_steps(cfg.steps, cfg.checks)
     part, = group.shares(cfg.batch, 1)                      # this process's rows of each batch
     batches = iter(DataLoader(Stream(folder_of(train, cfg), cfg.batch, cfg.seed, cfg.steps, part), None,
                               sampler=range(start, cfg.steps), num_workers=cfg.workers,
@@ -378,12 +380,6 @@ def indices(texts: list[str]) -> Tensor:
     """[N] numbers, equal for equal texts."""
     number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     return torch.tensor([number[text] for text in texts])
-
-
-def draw_batch(n: int, batch: int, dice: torch.Generator) -> Tensor:
-    """Indices [batch]: whole shuffled rounds of the pictures first, so that each is seen equally often."""
-    rounds = [torch.randperm(n, generator=dice) for _ in range(math.ceil(batch / n))]
-    return torch.cat(rounds)[:batch]
 
 
 def augment(pictures: Tensor, cfg: TrainConfig, dice: torch.Generator) -> Tensor:

@@ -41,6 +41,8 @@ from train.common import (
     autocast,
     check_pattern,
     describe_machine,
+    draw_batch,
+    evaluation_steps,
     fingerprint,
     flag,
     freeze_named,
@@ -161,7 +163,7 @@ def main(cfg: TrainConfig) -> None:
     speed = Speed(Metrics(out / "speed.jsonl" if group.main else None, resume_at), device, cfg.steps, cfg.batch)
     if group.main:
         write_json(out / "config.json", {k: v for k, v in dataclasses.asdict(cfg).items() if k != "resume"})
-    check_points = evaluation_steps(cfg)
+    check_points = evaluation_steps(cfg.steps, cfg.samples)
     batches = iter(DataLoader(stream, None, sampler=range(start, cfg.steps), num_workers=cfg.workers,
                               generator=torch.Generator()))         # its own: the global one is not touched
     stop, stopping, progress, loss_mean = StopFlag(), False, Progress(cfg.steps, start), math.nan
@@ -332,12 +334,6 @@ def draw(n: int, writer: Writer, cfg: TrainConfig, dice: torch.Generator) -> tup
     return chosen, moves, told, (even * T).long().clamp(max=T - 1), noise
 
 
-def draw_batch(n: int, batch: int, dice: torch.Generator) -> Tensor:
-    """Indices [batch]: whole shuffled rounds of the pictures first, so that each is seen equally often."""
-    rounds = [torch.randperm(n, generator=dice) for _ in range(math.ceil(batch / n))]
-    return torch.cat(rounds)[:batch]
-
-
 def drop_captions(prompts: list[str], chances: Tensor, share: float) -> list[str]:
     """Some captions become empty, so that guidance has something to guide away from (Ho 2022, Algorithm 1)."""
     return ["" if chance < share else prompt for prompt, chance in zip(prompts, chances.tolist(), strict=True)]
@@ -362,11 +358,6 @@ def predicted_x0(writer: Writer, x_t: Tensor, t: int, prompts: list[str]) -> Ten
     if writer.scheduler.config.prediction_type == "v_prediction":
         return alpha_bar**0.5 * x_t - (1 - alpha_bar) ** 0.5 * output              # Salimans 2022, appendix D
     return (x_t - (1 - alpha_bar) ** 0.5 * output) / alpha_bar**0.5                 # Ho 2020, eq. 15
-
-
-def evaluation_steps(cfg: TrainConfig) -> set[int]:
-    """When to sample and validate: `cfg.samples` times on the way, closer together at first, and at the end."""
-    return {0, cfg.steps} | {round(cfg.steps * (i / (cfg.samples + 1)) ** 1.3) for i in range(1, cfg.samples + 1)}
 
 
 # ---------------------------------------------------------------------------------------------- evaluation

@@ -23,8 +23,9 @@ from pathlib import Path
 
 import torch
 
+from train.common import draw_batch
 from train.evaluate_clip import answers, by_chance, by_colours, measure, tell
-from train.train_clip import TrainConfig, augment, draw_batch, read_pairs
+from train.train_clip import TrainConfig, augment, read_pairs
 
 THEIRS = {"resnet": {"layers": (1, 1, 1, 1), "width": 16},          # as ours: four bottlenecks
           "vit": {"layers": 4, "width": 128, "head_width": 64, "patch_size": 8}}
