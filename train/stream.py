@@ -1,15 +1,17 @@
-"""What both training scripts do around data.folder.Stream: look at a few pictures, and remember the broken files.
+"""What the scripts do around data.folder.Stream: look at some pictures or at all, and remember the broken files.
 
 Read after parallel.py. Shapes: N pictures, C channels, S picture size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from data.folder import PictureFolder, Stream
+from data.folder import DataError, PictureFolder, Stream, read_picture
 from miniclip.weights import atomic_write
 from train.common import UserError
 from train.parallel import Group
@@ -24,6 +26,20 @@ def first_pictures(folder: PictureFolder) -> tuple[Tensor, list[int]]:
     """Up to 64 pictures of the first shuffle of seed 0, as [N, C, S, S] in [-1, 1], and their places in the folder."""
     pixels, indices, _ = Stream(folder, min(64, len(folder)), 0, 1)[0]
     return pixels.float() / 127.5 - 1, indices.tolist()
+
+
+def readable(files: Sequence[str], size: int, broken: list[str], batch: int = 256) -> Iterator[tuple[list[int], Tensor]]:
+    """(places in the list, pictures [n, 3, S, S] in -1..1), a batch at a time; `broken` grows by the files left out."""
+    for first in range(0, len(files), batch):
+        places, pictures = [], []
+        for i in range(first, min(first + batch, len(files))):
+            try:
+                pictures.append(read_picture(files[i], size, channels=3))
+                places.append(i)
+            except DataError as error:
+                broken.append(str(error))
+        if pictures:
+            yield places, torch.stack(pictures).float() / 127.5 - 1
 
 
 class Skipped:

@@ -55,8 +55,8 @@ from train.lora import CLIP_PROJECTIONS, add_lora, check_lora, merged, save_adap
 from train.matcher import PRESETS, Matcher, build_matcher
 from train.optim import build_optimizers, set_learning_rate
 from train.parallel import Group, Loss, join, replicate
-from train.search import as_floats, save_index
-from train.stream import Skipped, check_workers, first_pictures
+from train.search import save_index
+from train.stream import Skipped, check_workers, first_pictures, readable
 
 
 @dataclass(frozen=True)
@@ -361,18 +361,14 @@ def some_of(pairs: Pairs, cfg: TrainConfig) -> Pairs:
     return Pairs([pairs.files[i] for i in rows], pictures, captions, [pairs.held_out[i] for i in rows])
 
 
-def index_stream(matcher: Matcher, pairs: Pairs, folder: Path, skipped: Skipped, batch: int = 256) -> None:
+def index_stream(matcher: Matcher, pairs: Pairs, folder: Path, skipped: Skipped) -> None:
     """The index of all pictures that can be read, a batch in memory at a time."""
+    broken: list[str] = []
     kept, parts = [], []
-    for first in range(0, len(pairs.files), batch):
-        pictures = []
-        for i in range(first, min(first + batch, len(pairs.files))):
-            try:
-                pictures.append(as_floats(pairs.files[i], matcher.size))
-                kept.append(i)
-            except DataError as error:
-                skipped.add([str(error)])
-        parts += [matcher.embed_pictures(torch.stack(pictures))] if pictures else []
+    for places, pictures in readable(pairs.files, matcher.size, broken):
+        kept += places
+        parts.append(matcher.embed_pictures(pictures))
+    skipped.add(broken)
     save_index(folder, [pairs.files[i] for i in kept], [pairs.captions[0][i] for i in kept], torch.cat(parts))
 
 
