@@ -17,7 +17,7 @@ import torch.distributed.fsdp
 
 from data.folder import PictureFolder
 from miniclip.weights import load_file
-from train import common, matcher, train_clip, train_diffusion
+from train import common, matcher, parallel, train_clip, train_diffusion
 from train.common import UserError
 from train.parallel import Group
 from train.train_diffusion import TrainConfig
@@ -57,34 +57,44 @@ def float64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PictureFolder, "pictures", lambda self: pictures(self).double())
     monkeypatch.setitem(train_diffusion.PRESETS, "tiny", Preset((8, 16), (False, True), 1, 32, 1))
     monkeypatch.setitem(train_clip.PRESETS, "vit-tiny", CLIP_PRESET)
+    for script in (train_diffusion, train_clip):
+        monkeypatch.setattr(script, "clip_gradients", clip_and_keep)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
 
 
-def train(out: Path, size: int = 1, **changes) -> Path:
-    def work() -> None:
-        train_diffusion.main(dataclasses.replace(TINY, out=str(out), **changes))
+gradients: list[list[torch.Tensor]] = []            # of each step of the run that goes on
 
-    if size == 1:
-        work()
-    else:
-        assert together(size, work) == [0] * size
+
+def clip_and_keep(parameters, most: float) -> float:
+    """clip_gradients, which leaves a copy of the gradients of all steps in the working folder."""
+    parameters = list(parameters)
+    gradients.append([common.whole(p.grad).clone() for p in parameters if p.grad is not None])
+    if os.environ.get("RANK", "0") == "0":
+        torch.save(gradients, "gradients.pt")
+    return parallel.clip_gradients(parameters, most)
+
+
+def do(work: Callable[[], None], size: int, out: Path) -> Path:
+    """Runs it in `out`, as one process or several."""
+    gradients.clear()
+    out.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(out)
+        codes = together(size, work) if size > 1 else [work() or 0]
+    assert codes == [0] * size
     return out
+
+
+def train(out: Path, size: int = 1, **changes) -> Path:
+    return do(partial(train_diffusion.main, dataclasses.replace(TINY, out=str(out), **changes)), size, out)
 
 
 def match(out: Path, size: int = 1, **changes) -> Path:
     cfg = train_clip.TrainConfig(data=str(ROOT / "data" / "herbs"), out=str(out), size=32, preset="vit-tiny", batch=8,
                                  steps=4, checks=0, warmup=0, optimizer="adamw", device="cpu")
-
-    def work() -> None:
-        train_clip.main(dataclasses.replace(cfg, **changes))
-
-    if size == 1:
-        work()
-    else:
-        assert together(size, work) == [0] * size
-    return out
+    return do(partial(train_clip.main, dataclasses.replace(cfg, **changes)), size, out)
 
 
 def rows(out: Path) -> list[dict]:
@@ -92,12 +102,21 @@ def rows(out: Path) -> list[dict]:
 
 
 def agree(one: Path, other: Path, weights: str = "model/unet/diffusion_pytorch_model.safetensors") -> None:
-    """Losses, gradient norms and validation of every step, and the weights at the end."""
+    """Losses, gradient norms and validation of every step, every gradient of every step, and the weights at the end."""
     assert len(rows(one)) == len(rows(other)) == 6
     for a, b in zip(rows(one), rows(other), strict=True):
         assert a == pytest.approx(b, rel=1e-11, abs=1e-14)
+    wanted, found = (torch.load(out / "gradients.pt") for out in (one, other))
+    assert len(wanted) == 4 and found
+    for a, b in zip(wanted[-len(found):], found, strict=True):                      # a resumed run has the last ones
+        assert all(torch.allclose(x, y, rtol=1e-9, atol=1e-12) for x, y in zip(a, b, strict=True))
     a, b = (load_file(out / weights) for out in (one, other))
     assert all(torch.allclose(a[name], b[name], rtol=1e-9, atol=1e-12) for name in a)
+
+
+def needs_fsdp2() -> None:
+    if not hasattr(torch.distributed.fsdp, "fully_shard"):
+        pytest.skip("FSDP2 needs PyTorch 2.6")
 
 
 @needs_fork
@@ -117,6 +136,32 @@ def test_two_processes_that_match_pictures_equal_one(tmp_path: Path, float64, lo
     one = match(tmp_path / "one", loss=loss)
     agree(one, match(tmp_path / "two", size=2, loss=loss), "model/model.safetensors")
     agree(one, match(tmp_path / "chunks", chunk=3, loss=loss), "model/model.safetensors")
+    agree(one, match(tmp_path / "both", size=2, chunk=3, loss=loss), "model/model.safetensors")
+
+
+@needs_fork
+def test_batch_norm_and_dropout_see_the_whole_batch(tmp_path: Path, float64, monkeypatch) -> None:
+    """The ResNet preset: statistics of the whole batch, running ones too, and one process's random numbers."""
+    monkeypatch.setitem(train_clip.PRESETS, "tiny", matcher.Preset("resnet", 4, (1, 1, 1, 1), 0, 32, 1, 16))
+    one = match(tmp_path / "one", preset="tiny")
+    agree(one, match(tmp_path / "two", size=2, preset="tiny"), "model/model.safetensors")
+    agree(one, match(tmp_path / "four", size=4, preset="tiny"), "model/model.safetensors")
+    weights = load_file(one / "model" / "model.safetensors")
+    assert weights["image_encoder.model.bn1.num_batches_tracked"] == 4
+
+
+@needs_fork
+def test_shared_out_towers_are_the_same_run(tmp_path: Path, float64) -> None:
+    """FSDP2 on CLIP, whose temperature stays whole: same numbers, same files; also in chunks, and on from the other."""
+    needs_fsdp2()
+    one, run, weights = match(tmp_path / "one", save_every=1, keep=9), tmp_path / "run", "model/model.safetensors"
+    agree(one, match(run, size=2, shard=True, save_every=1, keep=9), weights)
+    agree(one, match(tmp_path / "chunks", size=2, shard=True, chunk=3), weights)
+    agree(match(tmp_path / "siglip", loss="siglip"), match(tmp_path / "two", size=2, shard=True, loss="siglip"), weights)
+    (run / "checkpoint.pt").unlink()
+    agree(one, match(run, resume=True, save_every=1, keep=9), weights)
+    (run / "checkpoint.pt").unlink()
+    agree(one, match(run, size=2, shard=True, resume=True, save_every=1, keep=9), weights)
 
 
 @needs_fork
@@ -139,8 +184,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, float64,
 @needs_fork
 def test_shared_out_weights_are_the_same_run(tmp_path: Path, float64) -> None:
     """FSDP2: same numbers, same files; and it may go on with one process that holds everything, and back."""
-    if not hasattr(torch.distributed.fsdp, "fully_shard"):
-        pytest.skip("FSDP2 needs PyTorch 2.6")
+    needs_fsdp2()
     one, run = train(tmp_path / "one"), tmp_path / "run"
     agree(one, train(run, size=2, shard=True, save_every=1, keep=9))
     a, b = (common.load_checkpoint(out / "checkpoint.pt") for out in (one, run))
@@ -151,12 +195,17 @@ def test_shared_out_weights_are_the_same_run(tmp_path: Path, float64) -> None:
     agree(one, train(run, size=2, resume=True, shard=True, save_every=1, keep=9))
 
 
-@pytest.mark.parametrize("changes", [{"optimizer": "muon"}, {"lora": 2, "init": "x"}, {"compile": True}])
-def test_what_cannot_be_shared_out_is_refused(changes: dict) -> None:
+@pytest.mark.parametrize("changes", [{"optimizer": "muon"}, {"lora": 2, "init": "x"}, {"compile": True}, {"precision": "fp16"}])
+@pytest.mark.parametrize("script", [train_diffusion, train_clip])
+def test_what_cannot_be_shared_out_is_refused(script, changes: dict) -> None:
     with pytest.raises(UserError, match="--shard"):
-        train_diffusion.check(dataclasses.replace(TINY, shard=True, **changes))
-    with pytest.raises(UserError, match="torchrun"):
-        train_diffusion.check_shares(dataclasses.replace(TINY, shard=True), 1)
+        script.check(script.TrainConfig(**{"shard": True, "optimizer": "adamw", **changes}))
+
+
+def test_one_process_has_nobody_to_share_with(tmp_path: Path) -> None:
+    for run in (train, match):
+        with pytest.raises(UserError, match="--shard: there is one process only"):
+            run(tmp_path, shard=True)
 
 
 @needs_fork
@@ -177,7 +226,7 @@ def test_a_process_that_fails_says_so(tmp_path: Path, monkeypatch, capfd) -> Non
 @needs_fork
 def test_what_processes_cannot_share_is_refused(tmp_path: Path, capfd) -> None:
     base = train_clip.TrainConfig(data=str(ROOT / "data" / "herbs"), out=str(tmp_path), size=32, batch=8, device="cpu")
-    for changes, words in (({"preset": "tiny"}, "batch norm"), ({"preset": "vit-tiny", "chunk": 2}, "--chunk 2"),
+    for changes, words in (({"preset": "tiny", "shard": True, "optimizer": "adamw"}, "--shard: shares out transformers"),
                            ({"preset": "vit-tiny", "batch": 9}, "--batch 9")):
         codes = together(2, partial(train_clip.main, dataclasses.replace(base, **changes)))
         assert 0 not in codes and words in capfd.readouterr().err

@@ -63,8 +63,10 @@ def build_optimizers(model: nn.Module, name: str, lr: float, muon_lr: float) -> 
     matrices = [p for p in params if p.ndim >= 2 and id(p) not in tables] if name == "muon" else []
     chosen = {id(p) for p in matrices}
     decayed = [p for p in params if id(p) not in chosen and p.ndim >= 2]
-    plain = [p for p in params if id(p) not in chosen and p.ndim < 2]       # norms and biases: no decay
+    plain = [p for p in params if id(p) not in chosen and p.ndim == 1]      # norms and biases: no decay
+    scalars = [p for p in params if p.ndim == 0]            # apart: FSDP, which shares out all else, leaves them whole
     groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
+    groups += [{"params": scalars, "weight_decay": 0.0}] if scalars else []
     adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99))
     optimizers = [Muon(matrices, lr=muon_lr), adamw] if matrices else [adamw]
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):

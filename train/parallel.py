@@ -10,8 +10,9 @@ Papers: Li 2020 (DDP); Zhao 2023 (FSDP). Both are PyTorch's own; what is ours is
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from train.common import UserError
+from train.common import UserError, local, whole
 
 
 class Group(NamedTuple):
@@ -55,6 +56,14 @@ class Group(NamedTuple):
         total = torch.tensor(values, dtype=torch.float64 if self.device.type == "cpu" else None, device=self.device)
         dist.all_reduce(total)
         return (total / self.size).tolist()
+
+    def union(self, texts: Iterable[str]) -> list[str]:
+        """The texts of all processes, each once, on each of them."""
+        lists: list[Any] = [list(texts)]
+        if self.size > 1:
+            lists *= self.size
+            dist.all_gather_object(lists, lists[0])
+        return list(dict.fromkeys(text for some in lists for text in some))
 
 
 def join(device: torch.device) -> Group:
@@ -111,6 +120,35 @@ def synchronized(loss: nn.Module, now: bool) -> Iterator[None]:
         yield
 
 
+def average_gradients(parameters: Iterable[nn.Parameter], group: Group) -> None:
+    """Leaves the mean of all processes' gradients, where neither DDP nor FSDP looks after it."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if group.size > 1 and gradients:
+        together = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(together)
+        parts = (together / group.size).split([g.numel() for g in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+
+
+def is_shared(parameter: Tensor) -> bool:
+    """Whether FSDP shares it out."""
+    return hasattr(parameter, "device_mesh")
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> float:
+    """torch's clip_grad_norm_, also where FSDP shares out some weights and leaves others whole. Returns the norm before."""
+    parameters = [p for p in parameters if p.grad is not None]
+    if not any(map(is_shared, parameters)):
+        return nn.utils.clip_grad_norm_(parameters, most).item()
+    kinds = [[p.grad for p in parameters if is_shared(p) == kind] for kind in (True, False)]
+    norm = math.hypot(*(whole(nn.utils.get_total_norm(gradients)).item() for gradients in kinds if gradients))
+    torch._foreach_mul_([local(p.grad) for p in parameters], min(1.0, most / (norm + 1e-6)))
+    return norm
+
+
+# ---- what must see the whole batch
+
+
 class Gather(torch.autograd.Function):
     """[B/n, E] of each of n processes -> [B, E] on all of them, and gradients back to where each row came from."""
 
@@ -126,3 +164,47 @@ class Gather(torch.autograd.Function):
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)           # every process's loss looks at every row; DDP divides by n
         return gradient[context.own]
+
+
+class WholeBatchNorm(nn.BatchNorm2d):
+    """Batch norm by the mean and variance of the whole batch. (torch's SyncBatchNorm does that on GPUs alone.)"""
+
+    def forward(self, x: Tensor) -> Tensor:                                   # [B/n, C, H, W]
+        if not self.training:
+            return super().forward(x)
+        wide = x.to(self.weight.dtype)
+        mean = mean_of_all(wide.mean(dim=(0, 2, 3)))                          # [C]
+        centred = wide - mean[:, None, None]
+        variance = mean_of_all(centred.square().mean(dim=(0, 2, 3)))
+        self._remember(mean.detach(), variance.detach(), x.numel() // x.shape[1] * dist.get_world_size())
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+    @torch.no_grad()
+    def _remember(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * count / max(count - 1, 1), self.momentum)
+
+
+class WholeBatchDropout(nn.Dropout):
+    """Draws for the whole batch, from random numbers that all processes have in common, and takes its rows."""
+
+    def forward(self, x: Tensor) -> Tensor:                                   # [B/n, ...]
+        if not self.training or self.p == 0:
+            return x
+        drawn = x.new_empty(len(x) * dist.get_world_size(), *x.shape[1:]).bernoulli_(1 - self.p) / (1 - self.p)
+        return x * drawn[dist.get_rank() * len(x):][:len(x)]
+
+
+def mean_of_all(values: Tensor) -> Tensor:
+    """The mean over all processes, with gradient."""
+    from torch.distributed.nn.functional import all_reduce
+
+    return all_reduce(values) / dist.get_world_size()
+
+
+def see_whole_batch(model: nn.Module, group: Group) -> None:
+    """Batch norms and dropouts do in each of several processes what they would do in one; keys and weights stay."""
+    for module in model.modules() if group.size > 1 else ():
+        module.__class__ = {nn.BatchNorm2d: WholeBatchNorm, nn.Dropout: WholeBatchDropout}.get(type(module), type(module))

@@ -43,14 +43,21 @@ def readable(files: Sequence[str], size: int, broken: list[str], batch: int = 25
 
 
 class Skipped:
-    """The broken files of a stream, each once, in skipped.txt of the run folder."""
+    """The broken files of a stream, each once, in skipped.txt of the run folder. A resumed run keeps those it had."""
 
-    def __init__(self, out: Path, group: Group):
-        self.path = out / ("skipped.txt" if group.main else f"skipped.{group.rank}.txt")
-        self.files: dict[str, None] = {}
+    def __init__(self, out: Path, group: Group, resume: bool = False):
+        self.group, self.path = group, out / ("skipped.txt" if group.main else f"skipped.{group.rank}.txt")
+        known = self.path.read_text(encoding="utf-8").splitlines() if resume and self.path.exists() else []
+        self.files: dict[str, None] = dict.fromkeys(known)
 
     def add(self, messages: list[str]) -> None:
         if new := [message for message in messages if message not in self.files]:
             self.files |= dict.fromkeys(new)
             with atomic_write(self.path) as file:
                 file.write("".join(line + "\n" for line in self.files).encode("utf-8"))
+
+    def add_those_of_others(self) -> None:
+        """At the end of a run, for all processes to call: from then on the first one's list is that of all."""
+        everywhere = self.group.union(self.files)
+        if self.group.main:
+            self.add(everywhere)

@@ -12,6 +12,7 @@ Shapes: B batch, N pictures, M captions, S picture size, E width of the shared s
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import html
 import math
@@ -23,8 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from data.folder import DataError, Picture, PictureFolder, Stream, jitter
+from data.folder import DataError, Picture, PictureFolder, Stream, affine
+from miniclip.bert import BertLayer
 from miniclip.loss import cached_backward, chance, clamp_temperature, contrastive_loss, floor, ranks, siglip_loss
+from miniclip.model import CLIPEncoderLayer
 from miniclip.weights import write_json
 from train import report
 from train.common import (
@@ -50,11 +53,22 @@ from train.common import (
     pick_device,
     run,
     save_picture,
+    whole,
 )
 from train.lora import CLIP_PROJECTIONS, add_lora, check_lora, merged, save_adapter
 from train.matcher import PRESETS, Matcher, build_matcher
 from train.optim import build_optimizers, set_learning_rate
-from train.parallel import Group, Loss, join, replicate
+from train.parallel import (
+    Group,
+    Loss,
+    average_gradients,
+    clip_gradients,
+    is_shared,
+    join,
+    replicate,
+    see_whole_batch,
+    shard,
+)
 from train.search import save_index
 from train.stream import Skipped, check_workers, first_pictures, readable
 
@@ -94,6 +108,7 @@ class TrainConfig:
     lora: int = flag(0, "rank of LoRA on the towers' attention: --init stays as it is, a small file learns; 0 for none")
     lora_alpha: float = flag(0.0, "LoRA adds alpha / rank times what it learned; 0 takes the rank")
     freeze: str = flag("", "leave alone what has this regular expression in its name, such as ^text_model")
+    shard: bool = flag(False, "FSDP2: torchrun's processes share out the weights too, for models that do not fit on one")
     stream: bool = flag(False, "read pictures as they are needed: for more than memory holds; skips broken files")
     workers: int = flag(0, "processes that read ahead for --stream; 0 reads in the training process")
     save_every: int = flag(100, "steps between checkpoints, beside those at each evaluation")
@@ -109,7 +124,7 @@ def main(cfg: TrainConfig) -> None:
     if device.type == "cpu" and (cfg.threads or "tiny" in cfg.preset):
         torch.set_num_threads(cfg.threads or 1)
     out = make_folder(cfg.out, write=group.main)
-    pairs, skipped = (list_pairs(cfg, out) if cfg.stream else read_pairs(cfg)), Skipped(out, group)
+    pairs, skipped = (list_pairs(cfg, out) if cfg.stream else read_pairs(cfg)), Skipped(out, group, cfg.resume)
     train, test = pairs.split()
     if cfg.shuffle_captions:
         train = train.shuffled(cfg.seed)
@@ -118,8 +133,9 @@ def main(cfg: TrainConfig) -> None:
     # ---- model
     torch.manual_seed(cfg.seed)
     matcher = initial_matcher(cfg, [c for column in train.captions for c in column]).to(device)
-    matcher.to(memory_format=torch.channels_last)           # convolutions run faster so, on CPUs and GPUs
     check_shares(cfg, group, matcher)
+    if not cfg.shard:                                       # FSDP takes weights in their plain order only
+        matcher.to(memory_format=torch.channels_last)       # convolutions run faster so, on CPUs and GPUs
     recompute(matcher, cfg.gradient_checkpointing)
     if cfg.compile:
         compile_towers(matcher)
@@ -135,7 +151,9 @@ def main(cfg: TrainConfig) -> None:
 
     # ---- optimizer and averages
     trained = nn.ModuleDict({"matcher": matcher, "bias": nn.ParameterList([logit_bias])})
-    loss_of = replicate(Loss(trained, match_loss), group, unused=bool(cfg.init))
+    twin = copy.deepcopy(matcher).cpu() if cfg.shard else matcher       # the one that is saved
+    loss_of = distribute(trained, cfg, group)
+    alone = [p for p in trained.parameters() if not is_shared(p)] if cfg.shard or cfg.chunk else []
     optimizers = build_optimizers(trained, cfg.optimizer, cfg.lr, cfg.muon_lr)
     ema = EMA((p for p in trained.parameters() if p.requires_grad), cfg.ema)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
@@ -174,31 +192,32 @@ def main(cfg: TrainConfig) -> None:
                     save_adapter(matcher.model, out / "lora", cfg.lora)
                 with merged(matcher.model):                 # LoRA, if any
                     scores = evaluate(matcher, *shown, out if group.main else None, step)
+                    if cfg.shard:
+                        twin.load_state_dict(whole(matcher.state_dict()))
                     if group.main:
-                        matcher.save(out / "model")
+                        twin.save(out / "model")
             metrics.add(step=step, **scores)
             group.say(verdict(step, scores, loss_mean, blind, cfg))
         if evaluating or stopping or (step % cfg.save_every == 0 and step != resume_at):
             best = evaluating and 1 - mean_recall(scores) < state.best
             state.best = 1 - mean_recall(scores) if best else state.best
+            captured = state.capture()                      # of all processes, if they share the weights out
             if group.main:
-                checkpoints.save(state.capture(), best)
+                checkpoints.save(captured, best)
         if (evaluating or step == cfg.steps) and group.main:
             write_report(out, cfg, metrics, speed, parameters, *shown)
         if step == cfg.steps or stopping:
             break
 
         factor = set_learning_rate(optimizers, step, cfg.steps, cfg.warmup)
+        chosen, column, views = draw(len(train.files), len(texts), cfg, dice)       # of the whole batch
         if cfg.stream:
-            pixels, chosen, broken = next(batches)
-            pictures = torch.ones(cfg.batch, *pixels.shape[1:])                     # those of other processes: white
-            pictures[part], chosen = pixels.float() / 127.5 - 1, group.gather(chosen.to(device))
+            pixels, own, broken = next(batches)
+            pictures, chosen = pixels.float() / 127.5 - 1, group.gather(own.to(device))
             skipped.add(broken)
         else:
-            chosen = draw_batch(len(train.pictures), cfg.batch, dice).to(device)
-            pictures = train.pictures[chosen.cpu()]
-        column = int(torch.randint(len(texts), (), generator=dice))
-        pictures = augment(pictures, cfg, dice).to(device)
+            pictures, chosen = train.pictures[chosen[part]], chosen.to(device)
+        pictures = augment(pictures, [drawn[part] for drawn in views], cfg).to(device)
         ids, mask = (t[chosen] for t in texts[column])
         ids, mask = (t[:, : int(mask.sum(dim=1).max())] for t in (ids, mask))       # no further than the longest text
         same = labels[column][chosen]
@@ -206,14 +225,15 @@ def main(cfg: TrainConfig) -> None:
         set_training(matcher, cfg.lock)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        rows = pictures[part], ids[part], mask[part]
+        rows = pictures, ids[part], mask[part], same, group, cfg
         with amp:
-            loss = chunked_backward(trained, *rows, same, cfg, scaler) if cfg.chunk else loss_of(*rows, same, group, cfg)
+            loss = chunked_backward(trained, *rows, scaler) if cfg.chunk else loss_of(*rows)
         if not cfg.chunk:
             scaler.scale(loss).backward()
+        average_gradients(alone, group)
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_([p for p in trained.parameters() if p.grad is not None], cfg.clip).item()
+        norm = clip_gradients(trained.parameters(), cfg.clip)
         least = floor(same, cfg.batch) if cfg.loss == "infonce" else 0.0      # equal captions set a least loss: to 0
         value, asked = group.mean(loss.item() - least, float(stop.set))
         blind, stopping = math.log(cfg.batch) - least, asked > 0              # asked of any process
@@ -243,11 +263,9 @@ def main(cfg: TrainConfig) -> None:
         group.say(f"stopped at step {step}; go on with the same command and --resume")
         return
     with ema, merged(matcher.model):
-        if group.main:
-            if cfg.stream:
-                index_stream(matcher, pairs, out / "index", skipped)
-            else:
-                save_index(out / "index", pairs.files, pairs.captions[0], matcher.embed_pictures(pairs.pictures))
+        if group.main or cfg.shard:
+            write_index(matcher, pairs, out / "index", skipped)
+    skipped.add_those_of_others()
     left = f", {len(skipped.files)} broken files left out ({skipped.path})" if skipped.files else ""
     group.say(f"done in {speed.seconds():.0f} s{left}: open {out / 'report.html'}; ask with "
               f"python -m train.search --run {out} --text {train.captions[0][0]}")
@@ -272,6 +290,8 @@ def check(cfg: TrainConfig) -> None:
         raise UserError(f"--hues {cfg.hues}: from 0 to 1")
     if not 0 <= cfg.ema < 1:
         raise UserError(f"--ema {cfg.ema}: from 0 up to, not including, 1")
+    if cfg.shard and (cfg.optimizer == "muon" or cfg.lora or cfg.compile or cfg.precision == "fp16"):
+        raise UserError("--shard: not with --lora, --compile or fp16, and with --optimizer adamw, as Muon needs whole matrices")
     check_pattern(cfg.freeze)
     check_workers(cfg.workers, cfg.stream)
     check_lora(cfg.lora, cfg.lora_alpha, cfg.init)
@@ -280,10 +300,10 @@ def check(cfg: TrainConfig) -> None:
 def check_shares(cfg: TrainConfig, group: Group, matcher: Matcher) -> None:
     if cfg.batch % group.size:
         raise UserError(f"--batch {cfg.batch}: cannot be shared evenly among {group.size} processes")
-    if group.size > 1 and cfg.chunk:
-        raise UserError(f"--chunk {cfg.chunk}: not with {group.size} processes, which share the batch already")
-    if group.size > 1 and any(isinstance(m, nn.BatchNorm2d) for m in matcher.modules()) and cfg.lock != "image":
-        raise UserError(f"{group.size} processes: this model has batch norm, which needs the whole batch; take a vit preset")
+    if cfg.shard and group.size == 1:
+        raise UserError("--shard: there is one process only; start several with torchrun")
+    if cfg.shard and any(isinstance(m, nn.BatchNorm2d) for m in matcher.modules()):
+        raise UserError("--shard: shares out transformers, this model has a ResNet; take a vit preset")
 
 
 # -------------------------------------------------------------------------------------------------- the data
@@ -361,15 +381,18 @@ def some_of(pairs: Pairs, cfg: TrainConfig) -> Pairs:
     return Pairs([pairs.files[i] for i in rows], pictures, captions, [pairs.held_out[i] for i in rows])
 
 
-def index_stream(matcher: Matcher, pairs: Pairs, folder: Path, skipped: Skipped) -> None:
-    """The index of all pictures that can be read, a batch in memory at a time."""
-    broken: list[str] = []
-    kept, parts = [], []
-    for places, pictures in readable(pairs.files, matcher.size, broken):
-        kept += places
-        parts.append(matcher.embed_pictures(pictures))
-    skipped.add(broken)
-    save_index(folder, [pairs.files[i] for i in kept], [pairs.captions[0][i] for i in kept], torch.cat(parts))
+def write_index(matcher: Matcher, pairs: Pairs, folder: Path, skipped: Skipped) -> None:
+    """The index of all pictures; of a stream those that can be read, a batch in memory at a time."""
+    if len(pairs.pictures[0]):
+        kept, vectors = list(range(len(pairs.files))), matcher.embed_pictures(pairs.pictures)
+    else:
+        broken: list[str] = []
+        parts = [(places, matcher.embed_pictures(pictures))
+                 for places, pictures in readable(pairs.files, matcher.size, broken)]
+        kept, vectors = sum((places for places, _ in parts), []), torch.cat([found for _, found in parts])
+        skipped.add(broken)
+    if skipped.group.main:
+        save_index(folder, [pairs.files[i] for i in kept], [pairs.captions[0][i] for i in kept], vectors)
 
 
 def indices(texts: list[str]) -> Tensor:
@@ -378,27 +401,41 @@ def indices(texts: list[str]) -> Tensor:
     return torch.tensor([number[text] for text in texts])
 
 
-def augment(pictures: Tensor, cfg: TrainConfig, dice: torch.Generator) -> Tensor:
+def draw(n: int, columns: int, cfg: TrainConfig, dice: torch.Generator) -> tuple[Tensor, int, list[Tensor]]:
+    """All random numbers of a step, for the whole batch, in a fixed order: who trains a part of it takes its rows.
+
+    Which of the n pictures [B], which column of captions, and for each picture's view moves [B, 6], colours [B, 8]
+    and hues [B, 3, 3].
+    """
+    B = cfg.batch
+    chosen = torch.zeros(B, dtype=torch.long) if cfg.stream else draw_batch(n, B, dice)     # a stream has its own order
+    column = int(torch.randint(columns, (), generator=dice))
+    if not cfg.jitter:
+        return chosen, column, [torch.empty(B, 0)] * 3
+    moves, colours = torch.rand(B, 6, generator=dice), torch.rand(B, 8, generator=dice) * 2 - 1      # colours in -1..1
+    return chosen, column, [moves, colours, torch.randn(B, 3, 3, generator=dice) if cfg.hues else torch.empty(B, 0)]
+
+
+def augment(pictures: Tensor, view: list[Tensor], cfg: TrainConfig) -> Tensor:
     """Another view of each picture [B, 3, S, S]: moved, turned, sheared, lighter or darker, of other colours."""
     if not cfg.jitter:
         return pictures
-    pictures = jitter(pictures, dice, degrees=12, translate=0.06, scale=0.2, shear=8, flip=cfg.flip)
-    u = torch.rand(len(pictures), 8, generator=dice) * 2 - 1                        # [B, 8] in -1..1
+    moves, u, hues = view
+    pictures = affine(pictures, moves, degrees=12, translate=0.06, scale=0.2, shear=8, flip=cfg.flip)
     ink = (1 - pictures) / 2                                                        # 0 on white paper, 1 on black
     gain = 1 + 0.35 * u[:, :1] + 0.15 * u[:, 1:4]                                   # [B, 3]: of all, of each channel
     grey = ink.mean(dim=1, keepdim=True)
     mix = (0.35 * (u[:, 4] + 0.3).clamp_min(0))[:, None, None, None]                # towards grey
     ink = ((1 - mix) * ink + mix * grey) * gain[:, :, None, None]
     if cfg.hues:
-        ink = turn_hues(ink, cfg.hues, dice)
+        ink = turn_hues(ink, cfg.hues * hues)
     soft = F.avg_pool2d(ink, 3, stride=1, padding=1)
     ink = torch.where((u[:, 5] > 0.5)[:, None, None, None], soft, ink)
     return (1 - 2 * ink.clamp(0, 1)).contiguous(memory_format=torch.channels_last)
 
 
-def turn_hues(ink: Tensor, limit: float, dice: torch.Generator) -> Tensor:
-    """Mixes the inks [B, 3, S, S] of each picture anew, by weights that sum to 1: grey stays grey."""
-    noise = limit * torch.randn(len(ink), 3, 3, generator=dice)                     # [B, new, old]
+def turn_hues(ink: Tensor, noise: Tensor) -> Tensor:
+    """Mixes the inks [B, 3, S, S] of each picture anew, by weights that sum to 1: grey stays grey. noise [B, new, old]."""
     mixing = torch.eye(3) + noise - noise.mean(dim=2, keepdim=True)
     return torch.einsum("bij,bjhw->bihw", mixing.to(ink.device), ink)
 
@@ -465,6 +502,17 @@ def set_training(matcher: Matcher, lock: str) -> None:
         module.training = False
 
 
+def distribute(trained: nn.ModuleDict, cfg: TrainConfig, group: Group) -> nn.Module:
+    """The loss as a module whose backward pass speaks with the other processes, if there are any."""
+    model, loss = trained["matcher"].model, Loss(trained, match_loss)
+    see_whole_batch(model, group)
+    if not cfg.shard:
+        return replicate(loss, group, unused=bool(cfg.init))
+    blocks = [module for module in model.modules() if isinstance(module, (CLIPEncoderLayer, BertLayer))]
+    shard([*blocks, *model.children()], group)              # all but the temperature and the bias, two numbers
+    return loss
+
+
 def match_loss(trained: nn.ModuleDict, pictures: Tensor, ids: Tensor, mask: Tensor, labels: Tensor, group: Group,
                cfg: TrainConfig) -> Tensor:
     """The loss of the whole batch, of which these are this process's rows [B/n, ...]; labels [B] are all of them."""
@@ -481,13 +529,15 @@ def pair_loss(trained: nn.ModuleDict, images: Tensor, texts: Tensor, labels: Ten
     return contrastive_loss(texts @ images.T * scale.exp(), labels)
 
 
-def chunked_backward(trained: nn.ModuleDict, pictures: Tensor, ids: Tensor, mask: Tensor, labels: Tensor,
+def chunked_backward(trained: nn.ModuleDict, pictures: Tensor, ids: Tensor, mask: Tensor, labels: Tensor, group: Group,
                      cfg: TrainConfig, scaler: torch.amp.GradScaler) -> Tensor:
-    """Fills the gradients of one batch chunk by chunk; returns the loss."""
+    """Fills the gradients of one batch chunk by chunk; returns the loss. Arguments as those of match_loss."""
     encoders = (trained["matcher"].encode_pictures, trained["matcher"].encode_tokens)
-    scaled = cached_backward(encoders, ((pictures,), (ids, mask)),
-                             lambda *both: scaler.scale(pair_loss(trained, *both, labels, cfg)), cfg.chunk)
-    return scaled / scaler.get_scale()
+
+    def loss_of(images: Tensor, texts: Tensor) -> Tensor:
+        return scaler.scale(pair_loss(trained, group.gather(images), group.gather(texts), labels, cfg))
+
+    return cached_backward(encoders, ((pictures,), (ids, mask)), loss_of, cfg.chunk) / scaler.get_scale()
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
@@ -568,7 +618,7 @@ def draw_matrix(similarity: Tensor, pairs: Pairs, names: list[str], path: Path, 
 
 
 MAY_CHANGE = ("out", "data", "device", "resume", "checks", "threads", "compile", "gradient_checkpointing", "save_every",
-              "keep", "workers")
+              "keep", "workers", "shard", "chunk")
 
 
 WAYS = {"picture to name": "image_to_text", "name to picture": "text_to_image"}

@@ -58,7 +58,7 @@ from train.latent import LatentWriter, load_pipeline
 from train.lora import FILE as LORA_FILE
 from train.lora import add_lora, check_lora, merged, save_lora
 from train.optim import build_optimizers, set_learning_rate
-from train.parallel import Group, Loss, join, replicate, shard, synchronized
+from train.parallel import Group, Loss, clip_gradients, join, replicate, shard, synchronized
 from train.stream import Skipped, check_workers, first_pictures
 from train.writer import PRESETS, PictureFormat, Writer, build_writer
 
@@ -218,7 +218,7 @@ def main(cfg: TrainConfig) -> None:
 
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        norm = whole(torch.nn.utils.clip_grad_norm_(writer.parameters(), cfg.clip)).item()
+        norm = clip_gradients(writer.parameters(), cfg.clip)
         value, asked = group.mean(value, float(stop.set))
         stopping = asked > 0                                # of any process
         if not math.isfinite(value):
@@ -263,8 +263,8 @@ def check(cfg: TrainConfig) -> None:
     for name in ("caption_drop", "ema"):
         if not 0 <= getattr(cfg, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: between 0 and 1")
-    if cfg.shard and (cfg.optimizer == "muon" or cfg.lora or cfg.compile):
-        raise UserError("--shard: not with --lora or --compile, and with --optimizer adamw, as Muon needs whole matrices")
+    if cfg.shard and (cfg.optimizer == "muon" or cfg.lora or cfg.compile or cfg.precision == "fp16"):
+        raise UserError("--shard: not with --lora, --compile or fp16, and with --optimizer adamw, as Muon needs whole matrices")
     check_workers(cfg.workers, cfg.stream)
     check_lora(cfg.lora, cfg.lora_alpha, cfg.init)
     if cfg.tokenizer and (not cfg.init or Path(cfg.init).is_dir()):
