@@ -16,6 +16,7 @@ from torch import nn
 from miniclip.weights import WeightsError
 from train import common
 from train.common import EMA, Checkpoints, Metrics, RunState, Speed, StopFlag, UserError, autocast, fingerprint, make_folder
+from train.parallel import Group
 from train.train_diffusion import TrainConfig
 
 
@@ -52,6 +53,18 @@ def same(a: RunState, b: RunState) -> bool:
 class Bomb:
     def __reduce__(self):
         return pytest.fail, ("code in a pickle ran",)
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    """The less the score the better; none, or one that is no number, is never the best."""
+    checkpoints, state, alone = Checkpoints(tmp_path, keep=1), run_state(), Group(0, 1, torch.device("cpu"))
+    for step, (score, best) in enumerate([(math.inf, None), (0.5, 1), (math.nan, 1), (0.6, 1), (0.4, 4), (math.inf, 4)]):
+        state.step = step
+        common.keep(state, checkpoints, alone, score)
+        assert common.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == step
+        assert (common.load_checkpoint(tmp_path / "best.pt")["step"] if best else None) == best
+    common.keep(state, Checkpoints(tmp_path / "none", keep=1), alone._replace(rank=1))
+    assert not (tmp_path / "none").exists() and state.best == 0.4
 
 
 def test_a_restored_run_goes_on_as_if_never_stopped(tmp_path: Path) -> None:

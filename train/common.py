@@ -19,7 +19,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,10 @@ from torchvision.utils import make_grid
 
 from data.folder import DataError
 from miniclip.config import ConfigError
-from miniclip.weights import WeightsError, atomic_write, read_pickle
+from miniclip.weights import WeightsError, atomic_write, read_pickle, write_json
+
+if TYPE_CHECKING:
+    from train.parallel import Group  # which is read after this file
 
 
 class UserError(Exception):
@@ -314,6 +317,35 @@ class RunState:
             torch.cuda.set_rng_state(state["cuda_rng"])
         self.step, self.best = state["step"], state.get("best", math.inf)
 
+    def learn(self, norm: float) -> None:
+        """One step of the optimizers, from unscaled and clipped gradients of this norm.
+
+        Where it is not finite float16 overflowed: the step is left out and the scaler lowers its factor.
+        """
+        for optimizer in self.optimizers if math.isfinite(norm) else ():
+            self.scaler.step(optimizer)
+        self.scaler.update()
+
+
+def go_on(state: RunState, checkpoints: Checkpoints, group: Group, may_change: tuple[str, ...]) -> int:
+    """--resume: puts the newest good checkpoint back and returns its step, the same in all processes."""
+    state.restore(checkpoints.load(group.say), may_change)
+    if group.mean(state.step) != [state.step]:
+        raise UserError(f"--resume: the processes found different checkpoints; do all of them see {checkpoints.folder}?")
+    if group.main:
+        checkpoints.settle()
+    group.say(f"resumed at step {state.step}")
+    return state.step
+
+
+def keep(state: RunState, checkpoints: Checkpoints, group: Group, score: float = math.inf) -> None:
+    """A checkpoint of this moment, and best.pt if the score of its evaluation, the less the better, is the best so far."""
+    best = score < state.best
+    state.best = score if best else state.best          # not min(): the score may be NaN
+    captured = state.capture()              # of all processes, if they share the weights out
+    if group.main:
+        checkpoints.save(captured, best)
+
 
 def fingerprint(names: list[str], captions: list[str]) -> dict[str, int]:
     """What must not change between a run and its continuation: which pictures, under which captions."""
@@ -392,6 +424,25 @@ def peak_memory(device: torch.device) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def open_books(cfg: Any, group: Group, resume_at: int | None) -> tuple[Metrics, Speed]:
+    """metrics.jsonl and speed.jsonl of a run that begins or, at a step, goes on; and its settings in config.json."""
+    def book(name: str) -> Metrics:
+        return Metrics(Path(cfg.out) / name if group.main else None, resume_at)
+
+    if group.main:
+        write_json(Path(cfg.out) / "config.json", {k: v for k, v in dataclasses.asdict(cfg).items() if k != "resume"})
+    return book("metrics.jsonl"), Speed(book("speed.jsonl"), group.device, cfg.steps, cfg.batch)
+
+
+def stop_unless_finite(loss: float, norm: float, lr: float, state: RunState, metrics: Metrics, last_good: Path) -> None:
+    """Ends a run that has come off the rails before its weights are touched. (With float16 a norm may overflow.)"""
+    if not math.isfinite(loss):
+        metrics.add(step=state.step, loss=loss, grad_norm=norm, lr=lr)              # for the report's words
+    if not math.isfinite(loss) or not (math.isfinite(norm) or state.scaler.is_enabled()):
+        raise UserError(f"step {state.step}: the loss is {loss} and the gradient norm {norm}; stopped before the weights "
+                        f"were touched. {last_good} holds the last good state: try a lower --muon-lr")
 
 
 class Progress:

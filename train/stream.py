@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from data.folder import DataError, PictureFolder, Stream, read_picture
 from miniclip.weights import atomic_write
@@ -26,6 +27,12 @@ def first_pictures(folder: PictureFolder) -> tuple[Tensor, list[int]]:
     """Up to 64 pictures of the first shuffle of seed 0, as [N, C, S, S] in [-1, 1], and their places in the folder."""
     pixels, indices, _ = Stream(folder, min(64, len(folder)), 0, 1)[0]
     return pixels.float() / 127.5 - 1, indices.tolist()
+
+
+def from_step(stream: Stream, start: int, workers: int) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    """What the steps from `start` on train on; with workers, read ahead."""
+    own = torch.Generator()                             # the loader draws a number: not one of the global ones
+    return iter(DataLoader(stream, None, sampler=range(start, len(stream)), num_workers=workers, generator=own))
 
 
 def readable(files: Sequence[str], size: int, broken: list[str], batch: int = 256) -> Iterator[tuple[list[int], Tensor]]:

@@ -22,13 +22,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from data.folder import DataError, Picture, PictureFolder, Stream, affine
 from miniclip.bert import BertLayer
 from miniclip.loss import cached_backward, chance, clamp_temperature, contrastive_loss, floor, ranks, siglip_loss
 from miniclip.model import CLIPEncoderLayer
-from miniclip.weights import write_json
 from train import report
 from train.common import (
     EMA,
@@ -48,11 +46,15 @@ from train.common import (
     fingerprint,
     flag,
     freeze_named,
+    go_on,
+    keep,
     make_folder,
+    open_books,
     parse_flags,
     pick_device,
     run,
     save_picture,
+    stop_unless_finite,
     whole,
 )
 from train.lora import CLIP_PROJECTIONS, add_lora, check_lora, merged, save_adapter
@@ -70,7 +72,7 @@ from train.parallel import (
     shard,
 )
 from train.search import save_index
-from train.stream import Skipped, check_workers, first_pictures, readable
+from train.stream import Skipped, check_workers, first_pictures, from_step, readable
 
 
 @dataclass(frozen=True)
@@ -163,22 +165,12 @@ def main(cfg: TrainConfig) -> None:
     checkpoints = Checkpoints(out, cfg.keep)
     seen = fingerprint([Path(name).relative_to(cfg.data).as_posix() for name in pairs.files], sum(pairs.captions, []))
     state = RunState(dataclasses.asdict(cfg), seen, trained, ema, optimizers, scaler, dice)
-    if cfg.resume:
-        state.restore(checkpoints.load(group.say), MAY_CHANGE)
-        if group.mean(state.step) != [state.step]:
-            raise UserError(f"--resume: the processes found different checkpoints; do all of them see {out}?")
-        checkpoints.settle() if group.main else None
-        group.say(f"resumed at step {state.step}")
-    start, resume_at = state.step, state.step if cfg.resume else None
-    metrics = Metrics(out / "metrics.jsonl" if group.main else None, resume_at)
-    speed = Speed(Metrics(out / "speed.jsonl" if group.main else None, resume_at), device, cfg.steps, cfg.batch)
-    if group.main:
-        write_json(out / "config.json", {k: v for k, v in dataclasses.asdict(cfg).items() if k != "resume"})
+    resume_at = go_on(state, checkpoints, group, MAY_CHANGE) if cfg.resume else None
+    metrics, speed = open_books(cfg, group, resume_at)
+    start = state.step
     check_points = evaluation_steps(cfg.steps, cfg.checks)
     part, = group.shares(cfg.batch, 1)                      # this process's rows of each batch
-    batches = iter(DataLoader(Stream(folder_of(train, cfg), cfg.batch, cfg.seed, cfg.steps, part), None,
-                              sampler=range(start, cfg.steps), num_workers=cfg.workers,
-                              generator=torch.Generator())) if cfg.stream else iter(())     # draws no global numbers
+    batches = from_step(Stream(folder_of(train, cfg), cfg.batch, cfg.seed, cfg.steps, part), start, cfg.workers)
     stop, stopping, progress, loss_mean = StopFlag(), False, Progress(cfg.steps, start), math.nan
     blind = math.log(cfg.batch)     # the loss of a model for which all pictures are alike
 
@@ -199,11 +191,7 @@ def main(cfg: TrainConfig) -> None:
             metrics.add(step=step, **scores)
             group.say(verdict(step, scores, loss_mean, blind, cfg))
         if evaluating or stopping or (step % cfg.save_every == 0 and step != resume_at):
-            best = evaluating and 1 - mean_recall(scores) < state.best
-            state.best = 1 - mean_recall(scores) if best else state.best
-            captured = state.capture()                      # of all processes, if they share the weights out
-            if group.main:
-                checkpoints.save(captured, best)
+            keep(state, checkpoints, group, 1 - mean_recall(scores) if evaluating else math.inf)
         if (evaluating or step == cfg.steps) and group.main:
             write_report(out, cfg, metrics, speed, parameters, *shown)
         if step == cfg.steps or stopping:
@@ -237,15 +225,8 @@ def main(cfg: TrainConfig) -> None:
         least = floor(same, cfg.batch) if cfg.loss == "infonce" else 0.0      # equal captions set a least loss: to 0
         value, asked = group.mean(loss.item() - least, float(stop.set))
         blind, stopping = math.log(cfg.batch) - least, asked > 0              # asked of any process
-        if not math.isfinite(value):
-            metrics.add(step=step, loss=value, grad_norm=norm, lr=factor)           # for the report's words
-        if not math.isfinite(value) or not (math.isfinite(norm) or scaler.is_enabled()):
-            raise UserError(f"step {step}: the loss is {value} and the gradient norm {norm}; stopped before the weights "
-                            f"were touched. {checkpoints.kept[0]} holds the last good state: try a lower --muon-lr")
-        for optimizer in optimizers:
-            if math.isfinite(norm):                         # else float16 overflowed: the scaler lowers its factor
-                scaler.step(optimizer)
-        scaler.update()
+        stop_unless_finite(value, norm, factor, state, metrics, checkpoints.kept[0])
+        state.learn(norm)
         clamp_temperature(matcher.model.logit_scale)
         ema.update(step)
 
