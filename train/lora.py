@@ -34,8 +34,9 @@ class LoRALinear(nn.Linear):
     def __init__(self, base: nn.Linear, rank: int, scale: float):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
         self.weight, self.bias, self.scale = base.weight, base.bias, scale
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=base.weight.device)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=base.weight.device)
+        like = {"device": base.weight.device, "dtype": base.weight.dtype}
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, **like)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, **like)
         nn.init.normal_(self.lora_A.weight, std=1 / rank)
         nn.init.zeros_(self.lora_B.weight)
 
@@ -65,7 +66,13 @@ def add_lora(model: nn.Module, rank: int, alpha: float, projections: re.Pattern 
     if not found:
         raise UserError(f"--lora {rank}: this model has no attention projections ({projections.pattern})")
     for name, module in found:
-        model.set_submodule(name, LoRALinear(module, rank, alpha / rank))
+        put(model, name, LoRALinear(module, rank, alpha / rank))
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """model.set_submodule, which torch 2.4 does not have yet."""
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
 
 
 @contextlib.contextmanager
@@ -73,12 +80,12 @@ def merged(unet: nn.Module) -> Iterator[None]:
     """Within, the model is an ordinary one with what LoRA learned in its weights; without LoRA nothing happens."""
     layers = {name: module for name, module in unet.named_modules() if isinstance(module, LoRALinear)}
     for name, layer in layers.items():
-        unet.set_submodule(name, layer.merged())
+        put(unet, name, layer.merged())
     try:
         yield
     finally:
         for name, layer in layers.items():
-            unet.set_submodule(name, layer)
+            put(unet, name, layer)
 
 
 def save_lora(model: nn.Module, path: Path, prefix: str = "unet") -> None:
