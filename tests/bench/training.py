@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -13,13 +14,14 @@ from pathlib import Path
 import torch
 
 from data.folder import PictureFolder
-from train.common import EMA, Checkpoints, Metrics, RunState, Speed, autocast, fingerprint
+from train import train_clip
+from train.common import EMA, Checkpoints, Metrics, RunState, Speed, autocast, evaluation_steps, fingerprint
 from train.optim import build_optimizers
-from train.train_diffusion import TrainConfig, diffusion_loss, draw, evaluation_steps, initial_writer
+from train.train_diffusion import TrainConfig, diffusion_loss, draw, initial_writer
 
-OPTIONS = {"as it is": [], "--precision bf16": ["--precision", "bf16"], "--precision fp16": ["--precision", "fp16"],
-           "--accumulate 4": ["--accumulate", "4"], "--gradient-checkpointing": ["--gradient-checkpointing"],
-           "--stream": ["--stream"], "--compile": ["--compile"]}
+COMMON = ["--precision bf16", "--precision fp16", "--gradient-checkpointing", "--stream", "--compile"]
+SCRIPTS = {"train.train_diffusion": (["--samples", "0", "--sample-steps", "1"], ["", "--accumulate 4", *COMMON]),
+           "train.train_clip": (["--checks", "0", "--preset", "vit-small"], ["", "--chunk 4", *COMMON])}
 
 
 def overhead(steps: int = 8) -> float:
@@ -52,11 +54,11 @@ def overhead(steps: int = 8) -> float:
                 speed.add(i)
 
         a_row = median(rows, 3) / 400
-    evaluations = len(evaluation_steps(cfg))
-    others = len(set(range(cfg.save_every, cfg.steps, cfg.save_every)) - evaluation_steps(cfg))
-    share = (evaluations * a_best + others * a_save + cfg.steps * a_row) / (cfg.steps * a_step)
+    evaluated = evaluation_steps(cfg.steps, cfg.samples)
+    others = len(set(range(cfg.save_every, cfg.steps, cfg.save_every)) - evaluated)
+    share = (len(evaluated) * a_best + others * a_save + cfg.steps * a_row) / (cfg.steps * a_step)
     print(f"demo step {a_step:.3f} s, checkpoint {a_save:.3f} s, with the best {a_best:.3f} s, metrics {1e6 * a_row:.0f} us a "
-          f"step; {evaluations} + {others} checkpoints in {cfg.steps} steps: overhead {share:.2%}", flush=True)
+          f"step; {len(evaluated)} + {others} checkpoints in {cfg.steps} steps: overhead {share:.2%}", flush=True)
     return share
 
 
@@ -96,26 +98,47 @@ def median(work, times: int) -> float:
     return statistics.median(seconds)
 
 
-def options(steps: int = 6) -> None:
-    """Seconds a step and memory of short runs of the script itself at the demo's settings, one process each."""
+def options(script: str, steps: int = 6) -> None:
+    """Seconds a step and memory of short runs of a script itself at its demo's settings, one process and thread each."""
+    always, choices = SCRIPTS[script]
     base = 0.0
-    for name, flags in OPTIONS.items():
-        with tempfile.TemporaryDirectory() as out:
-            command = [sys.executable, "-m", "train.train_diffusion", "--out", out, "--steps", str(steps), "--samples", "0",
-                       "--sample-steps", "1", "--device", "cpu", *flags]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                print(f"{name:26} {done.stderr.strip().splitlines()[-1][:150]}", flush=True)
-                continue
-            rows = [json.loads(line) for line in (Path(out) / "speed.jsonl").read_text().splitlines()]
-        seconds = TrainConfig.batch / statistics.median(row["pictures_per_second"] for row in rows)
+    for choice in choices:
+        rows = speed_of(["-m", script, *choice.split(), *always, "--steps", str(steps)])
+        seconds = batch_of(script) / statistics.median(row["pictures_per_second"] for row in rows)
         base = base or seconds
-        print(f"{name:26} {seconds:6.3f} s a step  {seconds / base:5.2f} of the plain one  {rows[-1]['memory_mib']:5} MiB",
-              flush=True)
+        print(f"{script:22} {choice or 'as it is':26} {seconds:6.3f} s a step  {seconds / base:5.2f} of the plain one  "
+              f"{rows[-1]['memory_mib']:5} MiB", flush=True)
+
+
+def processes(script: str, steps: int = 12) -> None:
+    """What a second process brings: two of one thread each beside one of one thread, the whole batch the same."""
+    rates = {}
+    for count in (1, 2):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        rows = speed_of([*torchrun, "-m", script, *SCRIPTS[script][0], "--steps", str(steps)])
+        rates[count] = statistics.median(row["pictures_per_second"] for row in rows)
+    print(f"{script:22} two processes: {rates[2] / rates[1]:.2f} times as many pictures a second as one", flush=True)
+
+
+def speed_of(command: list[str]) -> list[dict]:
+    """The rows of speed.jsonl that a run leaves."""
+    with tempfile.TemporaryDirectory() as out:
+        done = subprocess.run([sys.executable, *command, "--out", out, "--device", "cpu"], capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            sys.exit(f"{' '.join(command)}: {done.stderr.strip().splitlines()[-1][:200]}")
+        return [json.loads(line) for line in (Path(out) / "speed.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def batch_of(script: str) -> int:
+    return {"train.train_diffusion": TrainConfig, "train.train_clip": train_clip.TrainConfig}[script].batch
 
 
 if __name__ == "__main__":
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, one thread")
     overhead()
     activations()
-    options()
+    for script in SCRIPTS:
+        options(script)
+        processes(script)
