@@ -19,7 +19,7 @@ from train.common import UserError
 from train.lora import FILE, PROJECTIONS, LoRALinear, MergeConfig, add_lora, merge_lora, merged, save_lora
 from train.lora import main as merge
 from train.train_diffusion import TrainConfig, initial_writer
-from train.writer import Preset
+from train.writer import Preset, Writer
 
 ROOT = Path(__file__).parent.parent
 TINY = TrainConfig(data=str(ROOT / "data" / "calligraphy"), size=16, preset="tiny", steps=3, batch=4, samples=0,
@@ -146,7 +146,7 @@ def test_latents_are_encoded_once(tmp_path: Path, sd: Path, monkeypatch) -> None
 
     with monkeypatch.context() as patch:
         patch.setattr(latent.LatentWriter, "fold", never)
-        patch.setattr(train_diffusion.Writer, "encode", never)
+        patch.setattr(StableDiffusionPipeline, "encode_prompt", never)
         train_diffusion.main(cfg)
     assert (tmp_path / "run" / "model" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == weights
     cached, = (tmp_path / "run" / "cache").iterdir()
@@ -173,11 +173,10 @@ def test_the_error_of_a_model_that_predicts_noise() -> None:
     for kind in ("epsilon", "v_prediction"):
         scheduler = DDPMScheduler(prediction_type=kind)
         perfect = noise if kind == "epsilon" else scheduler.get_velocity(x0, noise, t)
-        writer = SimpleNamespace(scheduler=scheduler, encode=lambda prompts: None,
-                                 unet=lambda *_, perfect=perfect: SimpleNamespace(sample=perfect))
+        writer = SimpleNamespace(scheduler=scheduler, told=lambda prompts: {}, answer=lambda *_, perfect=perfect: perfect)
         x_t = scheduler.add_noise(x0, noise, t)
-        assert torch.allclose(train_diffusion.predicted_x0(writer, x_t, 300, []), x0, atol=1e-4)
-        writer.unet = lambda *_, perfect=perfect: SimpleNamespace(sample=perfect + 1)
+        assert torch.allclose(train_diffusion.predicted_x0(writer, x_t, 300, {}), x0, atol=1e-4)
+        writer.answer = lambda *_, perfect=perfect: perfect + 1
         assert train_diffusion.diffusion_loss(writer, x0, [], t, noise).item() == pytest.approx(1.0, rel=1e-5)
 
 
@@ -203,6 +202,8 @@ def test_going_on_from_a_run_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("changes,words", [
     ({"lora": 4}, "--lora 4"), ({"lora": -1, "init": "x"}, "--lora -1"), ({"lora_alpha": 2.0}, "--lora-alpha 2.0"),
     ({"freeze": "("}, r"--freeze \("), ({"tokenizer": "x"}, "--tokenizer x"), ({"freeze": ""}, None),
+    ({"init": "x", "channels": 3}, "--no-jitter"), ({"init": "x", "jitter": False}, "--channels 3"),
+    ({"init": "x", "stream": True}, "--stream"), ({"init": __file__, "channels": 3, "jitter": False}, "give --tokenizer"),
 ])
 def test_refused_before_any_work(changes: dict, words: str | None) -> None:
     cfg = dataclasses.replace(TINY, **changes)
@@ -214,18 +215,17 @@ def test_refused_before_any_work(changes: dict, words: str | None) -> None:
 
 
 def test_refused_models(tmp_path: Path, sd: Path) -> None:
-    with pytest.raises(UserError, match="--no-jitter"):
-        initial_writer(dataclasses.replace(LATENT, init=str(sd), jitter=True), ["春"])
-    with pytest.raises(UserError, match="multiple of 16"):
+    with pytest.raises(UserError, match="multiples of 16"):
         initial_writer(dataclasses.replace(LATENT, init=str(sd), size=24), ["春"])
     with pytest.raises(UserError, match="leaves nothing"):
         initial_writer(dataclasses.replace(TINY, freeze="."), ["春"])
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="--tokenizer"):
-        initial_writer(dataclasses.replace(LATENT, init=str(tmp_path / "model.safetensors")), ["春"])
-    make(xl=True).save_pretrained(tmp_path / "xl")
-    with pytest.raises(UserError, match="SDXL"):
-        initial_writer(dataclasses.replace(LATENT, init=str(tmp_path / "xl")), ["春"])
+    with pytest.raises(WeightsError, match="nowhere"):
+        initial_writer(dataclasses.replace(LATENT, init=str(tmp_path / "nowhere")), ["春"])
+    make(in_channels=5).save_pretrained(tmp_path / "five")
+    with pytest.raises(UserError, match="a UNet of 5 channels .* only of 4 or, for inpainting, 9"):
+        initial_writer(dataclasses.replace(LATENT, init=str(tmp_path / "five")), ["春"])
+    with pytest.raises(WeightsError, match="python -m minidiff --model"):
+        Writer.load(sd)
     with pytest.raises(UserError, match=re.escape("(16, 1, 2)")):
         train_diffusion.main(dataclasses.replace(TINY, out=str(tmp_path / "run"), steps=1))
         initial_writer(dataclasses.replace(TINY, init=str(tmp_path / "run" / "model"), size=32), ["春"])

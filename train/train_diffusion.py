@@ -93,7 +93,7 @@ class TrainConfig:
     accumulate: int = flag(1, "go through a batch in so many parts, to save memory")
     gradient_checkpointing: bool = flag(False, "compute activations twice instead of keeping them, to save memory")
     compile: bool = flag(False, "torch.compile the UNet: slow to start, then faster, most of all on a GPU")
-    init: str = flag("", "start from this: a run's model folder, an SD 1 or 2 folder, or one file of its weights")
+    init: str = flag("", "start from this: a run's model folder, an SD 1, SD 2 or SDXL folder, or one file of its weights")
     tokenizer: str = flag("", "tokenizer of an --init that is a single file")
     lora: int = flag(0, "rank of LoRA on the UNet's attention: --init stays as it is, a small file learns; 0 for none")
     lora_alpha: float = flag(0.0, "LoRA adds alpha / rank times what it learned; 0 takes the rank")
@@ -197,6 +197,7 @@ def main(cfg: TrainConfig) -> None:
 
         factor = set_learning_rate(optimizers, step, cfg.steps, cfg.warmup)
         chosen, moves, told, t, noise = draw(len(captions), writer, cfg, dice)      # of the whole batch
+        masks = writer.draw_masks(cfg.batch, dice)
         if cfg.stream:
             pixels, chosen[own], broken = next(batches)
             pixels = pixels.to(device).float() / 127.5 - 1
@@ -212,7 +213,8 @@ def main(cfg: TrainConfig) -> None:
                 x0 = writer.fold(affine(x0, moves[part], flip=cfg.flip) if cfg.jitter else x0)
             with synchronized(loss_of, now=part is parts[-1]):
                 with amp:
-                    loss = loss_of(x0, prompts[part], t[part], noise[part]) / len(parts)
+                    around = writer.around(chosen[part], masks[part])
+                    loss = loss_of(x0, prompts[part], t[part], noise[part], around) / len(parts)
                 scaler.scale(loss).backward()
             value += loss.item()
 
@@ -269,9 +271,22 @@ def check(cfg: TrainConfig) -> None:
     check_lora(cfg.lora, cfg.lora_alpha, cfg.init)
     if cfg.tokenizer and (not cfg.init or Path(cfg.init).is_dir()):
         raise UserError(f"--tokenizer {cfg.tokenizer}: only for an --init that is a single file")
+    check_latent(cfg)
     check_pattern(cfg.freeze)
     if cfg.sample_steps > 1000:
         raise UserError(f"--sample-steps {cfg.sample_steps}: at most the 1000 timesteps of training")
+
+
+def check_latent(cfg: TrainConfig) -> None:
+    """What an --init of others, whose pictures are encoded once, cannot do."""
+    if not cfg.init or (Path(cfg.init) / "writer.json").exists():
+        return
+    if cfg.stream:
+        raise UserError(f"--stream: not with --init {cfg.init}, whose latents are encoded once and kept")
+    if cfg.jitter or cfg.flip or cfg.channels != 3:
+        raise UserError(f"--init {cfg.init}: its latents are encoded once: give --no-jitter, no --flip and --channels 3")
+    if Path(cfg.init).is_file() and not cfg.tokenizer:
+        raise UserError(f"--init {cfg.init}: a single file holds no tokenizer; give --tokenizer")
 
 
 def check_shares(cfg: TrainConfig, processes: int) -> None:
@@ -297,11 +312,8 @@ def initial_writer(cfg: TrainConfig, captions: list[str]) -> Writer:
     else:
         writer = LatentWriter(load_pipeline(cfg.init, cfg.tokenizer), cfg.size, captions)
         multiple = writer.pipe.factor * 8
-        if cfg.stream:
-            raise UserError(f"--stream: not with --init {cfg.init}, whose latents are encoded once and kept")
-        if cfg.jitter or cfg.flip or cfg.channels != 3 or cfg.size % multiple:
-            raise UserError(f"--init {cfg.init}: its latents are encoded once: give --no-jitter, no --flip, "
-                            f"--channels 3 and a --size that is a multiple of {multiple}")
+        if cfg.size < multiple or cfg.size % multiple:
+            raise UserError(f"--size {cfg.size}: --init {cfg.init} takes multiples of {multiple}")
     if cfg.lora:
         writer.requires_grad_(False)
         add_lora(writer.unet, cfg.lora, cfg.lora_alpha or cfg.lora)
@@ -315,7 +327,8 @@ def distribute(writer: Writer, cfg: TrainConfig, group: Group) -> nn.Module:
     if not cfg.shard:
         return replicate(loss, group)
     units = [m for m in writer.unet.modules() if isinstance(m, (ResnetBlock2D, Transformer2DModel))]
-    shard([*units, writer.unet, writer.text_encoder], group)
+    texts = [] if isinstance(writer, LatentWriter) else [writer.text_encoder]       # a LatentWriter has read its captions
+    shard([*units, writer.unet, *texts], group)
     return loss
 
 
@@ -339,22 +352,23 @@ def drop_captions(prompts: list[str], chances: Tensor, share: float) -> list[str
     return ["" if chance < share else prompt for prompt, chance in zip(prompts, chances.tolist(), strict=True)]
 
 
-def diffusion_loss(writer: Writer, x0: Tensor, prompts: list[str], t: Tensor, noise: Tensor) -> Tensor:
+def diffusion_loss(writer: Writer, x0: Tensor, prompts: list[str], t: Tensor, noise: Tensor,
+                   around: dict[str, Tensor] | None = None) -> Tensor:
     """Mean squared error over a batch: Ho 2020, Algorithm 1, with v in place of eps where the model speaks v.
 
-    x0, noise [B, C*f*f, S/f, S/f], t [B].
+    x0, noise [B, C*f*f, S/f, S/f], t [B]; around, of writer.around: what an inpainting model sees of the pictures.
     """
     schedule, noise = writer.scheduler, noise.to(x0)
     x_t = schedule.add_noise(x0, noise, t).contiguous(memory_format=torch.channels_last)
     speaks_v = schedule.config.prediction_type == "v_prediction"
     target = schedule.get_velocity(x0, noise, t) if speaks_v else noise
-    predicted = writer.unet(x_t, t, writer.encode(prompts)).sample
+    predicted = writer.answer(x_t, t, {**writer.told(prompts), **(around or {})})
     return torch.nn.functional.mse_loss(predicted.to(target), target)
 
 
-def predicted_x0(writer: Writer, x_t: Tensor, t: int, prompts: list[str]) -> Tensor:
+def predicted_x0(writer: Writer, x_t: Tensor, t: int, told: dict[str, Tensor]) -> Tensor:
     """What the model takes for the clean picture behind x_t [B, C*f*f, S/f, S/f]."""
-    output, alpha_bar = writer.unet(x_t, t, writer.encode(prompts)).sample, writer.scheduler.alphas_cumprod[t].item()
+    output, alpha_bar = writer.answer(x_t, t, told), writer.scheduler.alphas_cumprod[t].item()
     if writer.scheduler.config.prediction_type == "v_prediction":
         return alpha_bar**0.5 * x_t - (1 - alpha_bar) ** 0.5 * output              # Salimans 2022, appendix D
     return (x_t - (1 - alpha_bar) ** 0.5 * output) / alpha_bar**0.5                 # Ho 2020, eq. 15
@@ -371,23 +385,27 @@ def evaluate(writer: Writer, pictures: Tensor, captions: list[str], cfg: TrainCo
 
     The error is the mean squared error of the predicted x0, in grey levels from -1 to 1. `val_free` is without
     captions, and no predictor without captions can beat `bound` on these pictures. `val` is with captions.
+    A model for inpainting sees each picture around one of its masks, all masks in turn; it then has no such bound.
     """
     writer.eval()
     prompts = writer.captions[:40]
-    grid = writer.write(prompts, seed=cfg.seed, steps=cfg.sample_steps, guidance=cfg.guidance)
+    grid = writer.write(prompts, cfg.seed, cfg.sample_steps, cfg.guidance, batch=min(20, writer.at_once))
     chosen = torch.arange(min(len(pictures), 64))
     noise = torch.randn(pictures[chosen].shape, generator=torch.Generator().manual_seed(1))
-    errors = {"val": [], "val_free": []} if cfg.stream else {"val": [], "val_free": [], "bound": []}
+    parts, bounded = chosen.split(writer.at_once), not cfg.stream and writer.masks == 1
+    errors = {"val": [], "val_free": [], "bound": []} if bounded else {"val": [], "val_free": []}
     fold = writer.fold if pictures.shape[1:] != writer.code_shape else torch.nn.Identity()     # latents are folded
     for t in VALIDATION_TIMESTEPS:
         x0, eps = fold(pictures[chosen]), fold(noise.to(pictures.device))
         times = torch.full((len(x0),), t)
         x_t = writer.scheduler.add_noise(x0, eps, times)
-        if not cfg.stream:                                  # the bound takes all pictures
+        if bounded:                                         # it takes all pictures
             best = optimal_denoiser(x_t, fold(pictures), writer.scheduler.alphas_cumprod[t].item())
             errors["bound"].append((best - x0).square().mean().item())
-        for name, told in (("val", [captions[i] for i in chosen]), ("val_free", [""] * len(chosen))):
-            errors[name].append((predicted_x0(writer, x_t, t, told) - x0).square().mean().item())
+        for name, words in (("val", captions), ("val_free", [""] * len(chosen))):
+            told = [{**writer.told([words[i] for i in part]), **writer.around(part, part % writer.masks)} for part in parts]
+            predicted = torch.cat([predicted_x0(writer, x_t[p], t, heard) for p, heard in zip(parts, told, strict=True)])
+            errors[name].append((predicted - x0).square().mean().item())
     writer.train()
     means = {name: sum(values) / len(values) for name, values in errors.items()}
     by_time = {f"{name}_{t}": values[i] for name, values in errors.items() for i, t in enumerate(VALIDATION_TIMESTEPS)}

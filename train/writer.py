@@ -30,6 +30,9 @@ class PictureFormat(NamedTuple):
 
 
 class Writer(nn.Module):
+    at_once = 64        # pictures, at most, that evaluation sends through the UNet together
+    masks = 1           # of each picture, to choose from: models for inpainting have several, see latent.py
+
     def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer,
                  scheduler: DDPMScheduler, picture: PictureFormat, captions: list[str]):
         super().__init__()
@@ -50,14 +53,34 @@ class Writer(nn.Module):
 
     @property
     def code_shape(self) -> tuple[int, int, int]:
-        """[C*f*f, S/f, S/f]: a picture as the UNet sees it."""
+        """[C*f*f, S/f, S/f]: a picture as the UNet writes it."""
         side = self.picture.size // self.picture.fold
-        return self.unet.config.in_channels, side, side
+        return self.unet.config.out_channels, side, side
 
     def encode(self, prompts: list[str]) -> Tensor:
         """Prompts to what the UNet's cross-attention reads, [B, T, D]; too long a prompt is cut."""
         ids = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         return self.text_encoder(ids.to(self.device)).last_hidden_state
+
+    def told(self, prompts: list[str]) -> dict[str, Tensor]:
+        """What the UNet hears of B prompts: text [B, T, D], and SDXL more (latent.py)."""
+        return {"text": self.encode(prompts)}
+
+    def draw_masks(self, count: int, dice: torch.Generator) -> Tensor:
+        """Which of its masks each of `count` pictures gets, [count]; nothing is drawn where there is no choice."""
+        return torch.randint(self.masks, (count,), generator=dice) if self.masks > 1 else torch.zeros(count, dtype=torch.long)
+
+    def around(self, chosen: Tensor, masks: Tensor) -> dict[str, Tensor]:
+        """What the UNet sees of B training pictures beside their noise, by indices chosen [B] and masks [B]: nothing,
+        but in inpainting (latent.py)."""
+        return {}
+
+    def answer(self, x: Tensor, t: Tensor | int, told: dict[str, Tensor]) -> Tensor:
+        """The UNet on x [B, C*f*f, S/f, S/f], with what it is told (and sees) under names -> the same shape."""
+        if "around" in told:
+            x = torch.cat([x, told["around"]], dim=1)
+        added = {"text_embeds": told["pooled"], "time_ids": told["sizes"]} if "pooled" in told else None
+        return self.unet(x, t, told["text"], added_cond_kwargs=added).sample
 
     @torch.no_grad()
     def write(self, prompts: list[str], seed: int = 0, steps: int = 30, guidance: float = 1.5, batch: int = 20,
@@ -83,13 +106,15 @@ class Writer(nn.Module):
         sampler = DDIMScheduler.from_config(self.scheduler.config)
         sampler.set_timesteps(steps)
         x = noise.to(self.device)
-        context = torch.cat([self.encode([""] * len(prompts)), self.encode(prompts)])
+        first = torch.zeros(len(prompts), dtype=torch.long)                 # each picture's first mask covers all of it
+        silent, told = ({**self.told(p), **self.around(first, first)} for p in ([""] * len(prompts), prompts))
+        both = {name: torch.cat([silent[name], told[name]]) for name in told}
         for t in sampler.timesteps:
             if guidance == 1:
-                output = self.unet(x, t, context[len(prompts):]).sample
+                output = self.answer(x, t, told)
             else:
-                free, told = self.unet(torch.cat([x, x]), t, context).sample.chunk(2)
-                output = free + guidance * (told - free)                    # Ho 2022, eq. 6 with w = guidance - 1
+                free, guided = self.answer(torch.cat([x, x]), t, both).chunk(2)
+                output = free + guidance * (guided - free)                  # Ho 2022, eq. 6 with w = guidance - 1
             x = sampler.step(output, t, x, use_clipped_model_output=True).prev_sample
         return self.unfold(x).clamp(-1, 1)
 
@@ -118,6 +143,8 @@ class Writer(nn.Module):
     def load(cls, folder: str | Path) -> Writer:
         """Raises WeightsError or ConfigError with one line that names the file and what is wrong in it."""
         folder = Path(folder)
+        if (folder / "model_index.json").exists():
+            raise WeightsError(f"{folder}: a Stable Diffusion folder; python -m minidiff --model {folder} draws with it")
         own = read_json(folder / "writer.json")
         numbers = [own.get(name) for name in PictureFormat._fields]
         captions = own.get("captions")
