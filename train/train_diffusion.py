@@ -281,6 +281,8 @@ def check_latent(cfg: TrainConfig) -> None:
     """What an --init of others, whose pictures are encoded once, cannot do."""
     if not cfg.init or (Path(cfg.init) / "writer.json").exists():
         return
+    if not Path(cfg.init).exists():
+        raise UserError(f"--init {cfg.init}: no such file or folder")
     if cfg.stream:
         raise UserError(f"--stream: not with --init {cfg.init}, whose latents are encoded once and kept")
     if cfg.jitter or cfg.flip or cfg.channels != 3:
