@@ -251,6 +251,13 @@ def test_random_masks() -> None:
         assert 0.04 < covered.min() < 0.15 and 0.5 < covered.max() < 0.65 and 0.25 < covered.mean() < 0.4
 
 
+def test_the_writer_holds_all_models_and_only_the_unet_learns(models: Path) -> None:
+    """What is not among its parts would stay behind when it moves to another device."""
+    writer = LatentWriter(load_pipeline(str(models / "xl"), ""), 16, CAPTIONS)
+    assert {name.split(".")[0] for name, _ in writer.named_parameters()} == {"unet", "vae", "text_encoder", "text_encoder_2"}
+    assert {name.split(".")[0] for name, p in writer.named_parameters() if p.requires_grad} == {"unet"}
+
+
 @pytest.mark.parametrize("kind", ["xl", "inpaint"])
 def test_which_mask_is_drawn_last_and_only_where_there_are_masks(models: Path, kind: str) -> None:
     writer = LatentWriter(load_pipeline(str(models / kind), ""), 16, CAPTIONS)
