@@ -5,102 +5,248 @@
 Read after train_clip.py, which leaves the run. Papers: Radford 2021, section 3 (R@k); Efron 1979 (the bootstrap).
 Asks about the rows that --hold-out kept back, or about all of them if none were. Beside the model stand chance and
 the nearest training picture by colours alone; a run with --shuffle-captions is the third thing to compare with.
-Leaves RUN/evaluation.json and RUN/evaluation.html.
-Shapes: N pictures asked about, M names to choose from, K training pictures, E width of the shared space.
+Where --most draws some of the pictures, the names to choose from stay all, the pictures to choose from are those drawn.
+Pictures are read once, a batch at a time, and scores compared a block at a time: memory is that of a few numbers a
+picture and a name, so a streamed run of any size will do. Broken files are left out.
+Leaves RUN/evaluation.json, RUN/evaluation.html and, if files were broken, their list RUN/evaluation-skipped.txt.
+Shapes: N pictures asked about, M names to choose from, K training pictures, C columns of captions, S picture size,
+E width of the shared space; n of the N, m of the M and k of the K make a block.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import html
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import comb
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from miniclip.loss import chance, ranks
-from miniclip.weights import read_json, write_json
+from data.folder import DataError
+from miniclip.loss import ranks
+from miniclip.weights import atomic_write, read_json, write_json
 from train import report
-from train.common import UserError, flag, parse_flags, pick_device, run, save_grid
+from train.common import Progress, UserError, flag, parse_flags, pick_device, run, save_grid
 from train.matcher import Matcher
-from train.train_clip import WAYS, Pairs, TrainConfig, read_pairs
+from train.search import as_floats
+from train.stream import readable
+from train.train_clip import WAYS, Pairs, TrainConfig, list_pairs
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     run: str = flag("out/herbs", "run folder of train.train_clip")
+    most: int = flag(10_000, "ask about at most so many pictures, drawn by lot")
     every_column: bool = flag(False, "answer with the captions of all columns, each right one counts; else of the first")
     resamples: int = flag(2000, "draws of the bootstrap")
     shown: int = flag(12, "pictures to show with their answers")
-    seed: int = flag(0, "of the bootstrap and of the pictures shown")
+    seed: int = flag(0, "of the bootstrap, of the pictures asked about and of those shown")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
 
 
 def main(cfg: EvaluateConfig) -> None:
     check(cfg)
-    out = Path(cfg.run)
-    train, asked, held_out = read_run(out)
+    # ---- what is asked
+    out, columns = Path(cfg.run), slice(None) if cfg.every_column else slice(1)
+    train, pool, rows = read_run(out)
+    asked = take(pool, sorted(by_lot(len(pool.files), cfg.most, cfg.seed)))
+    if len(asked.files) < len(pool.files):
+        rows += f", drawn by lot from {len(pool.files)}"
     matcher = Matcher.load(out / "model").to(pick_device(cfg.device))
-    columns = slice(None) if cfg.every_column else slice(1)
-    names, relevant = answers(train, asked, columns)
-    similarity = matcher.embed_pictures(asked.pictures) @ matcher.embed_texts(names).T                 # [N, M]
-
+    seen = look(matcher, asked.files, train.files)
+    train, pool, asked = (seen.without_broken(pairs) for pairs in (train, pool, asked))
+    names, relevant = answers(train, asked, columns, pool)
     things = asked.captions[0]
-    result = {"pictures": len(things), "things": len(set(things)), "names": len(names), "rows": held_out, "scores": {
-        "model": measure(similarity, relevant, things, cfg.resamples, cfg.seed),
-        "nearest by colours": measure(by_colours(train, asked, names, columns), relevant, things, cfg.resamples, cfg.seed),
-        "chance": by_chance(relevant)}}
-    title = f"{len(things)} pictures of {len(set(things))} things, {held_out}; {len(names)} names to choose from"
-    print(title)
-    tell(result["scores"])
+    told = [f"{len(things)} pictures of {len(set(things))} things, {rows}; {len(names)} names to choose from",
+            *list_broken(out, seen.broken)]
+    print("\n".join(told))
+
+    # ---- the answers
+    model = by_vectors(seen.of(asked, seen.vectors), embed_names(matcher, names))
+    colours = by_colours(train, asked, names, columns, (seen.of(train, seen.colours), seen.of(asked, seen.colours)))
+    scores = {"model": measure(model, relevant, things, cfg.resamples, cfg.seed),
+              "nearest by colours": measure(colours, relevant, things, cfg.resamples, cfg.seed),
+              "chance": by_chance(relevant)}
+    tell(scores)
+    result = {"pictures": len(things), "things": len(set(things)), "names": len(names), "rows": rows,
+              **({"broken": len(seen.broken)} if seen.broken else {}), "scores": scores}
     write_json(out / "evaluation.json", result)
-    write_page(out, title, result["scores"], train, asked, names, similarity, cfg)
+    shown = by_lot(len(things), cfg.shown, cfg.seed)
+    examples = show(out, train, asked, shown, best_names(model, names, shown), matcher.size) if shown else []
+    write_page(out, told, scores, examples)
     print(f"open {out / 'evaluation.html'}")
 
 
 def check(cfg: EvaluateConfig) -> None:
-    for name, least in (("resamples", 10), ("shown", 0)):
+    for name, least in (("most", 1), ("resamples", 10), ("shown", 0)):
         if not least <= getattr(cfg, name) <= 1_000_000:
-            raise UserError(f"--{name} {getattr(cfg, name)}: at least {least}")
+            raise UserError(f"--{name} {getattr(cfg, name)}: from {least} to 1,000,000")
     if not (Path(cfg.run) / "config.json").exists() or not (Path(cfg.run) / "model").is_dir():
         raise UserError(f"--run {cfg.run}: no run of train.train_clip here (it would hold config.json and model)")
 
 
+# ---------------------------------------------------------------------------------------------------- the pictures
+
+
 def read_run(out: Path) -> tuple[Pairs, Pairs, str]:
-    """The pairs a run was trained on, those to ask about, and a word for the latter."""
+    """The pairs a run was trained on, those to ask about, both without pixels, and a word for the latter."""
     known = {f.name for f in dataclasses.fields(TrainConfig)}
     trained = TrainConfig(**{k: v for k, v in read_json(out / "config.json").items() if k in known})
-    train, test = read_pairs(trained).split()
+    train, test = list_pairs(trained, out if trained.stream else None).split()
     return (train, test, f"held out ({trained.hold_out})") if test.files else (train, train, "all trained on")
+
+
+def by_lot(count: int, most: int, seed: int) -> list[int]:
+    """Up to `most` of the numbers below count."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most].tolist()
+
+
+def take(pairs: Pairs, rows: list[int]) -> Pairs:
+    captions = [[column[i] for i in rows] for column in pairs.captions]
+    return Pairs([pairs.files[i] for i in rows], pairs.pictures[rows], captions, [pairs.held_out[i] for i in rows])
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is kept of the pictures that could be read, in one order: those asked about stand first."""
+
+    place: dict[str, int]       # of a file in that order
+    vectors: Tensor             # [those asked about, E]
+    colours: Tensor             # [all, 64]
+    broken: dict[str, str]      # the other files, and why they could not be read
+
+    def of(self, pairs: Pairs, values: Tensor) -> Tensor:
+        return values[[self.place[file] for file in pairs.files]]
+
+    def without_broken(self, pairs: Pairs) -> Pairs:
+        return take(pairs, [i for i, file in enumerate(pairs.files) if file not in self.broken])
+
+
+def look(matcher: Matcher, asked: list[str], others: list[str]) -> Seen:
+    """Reads each file once, 256 in memory at a time. Raises DataError if none of those asked about can be read."""
+    files, to_embed = list(dict.fromkeys([*asked, *others])), len(set(asked))
+    progress = Progress(len(files), unit="picture")
+    place, vectors, messages = {}, [], []
+    colours = torch.empty(len(files), 64)       # filled, not stacked: see places_of
+    for places, pictures in readable(files, matcher.size, messages):
+        if first := sum(i < to_embed for i in places):
+            vectors.append(matcher.embed_pictures(pictures[:first]))
+        colours[len(place):len(place) + len(places)] = histogram(pictures)
+        place |= {files[i]: len(place) + row for row, i in enumerate(places)}
+        progress.show(len(place) + len(messages), f"{len(messages)} broken")
+    progress.close()
+    if not vectors:
+        raise DataError(f"none of the {to_embed} pictures asked about can be read: {messages[0]}")
+    broken = dict(zip((file for file in files if file not in place), messages, strict=True))
+    return Seen(place, torch.cat(vectors), colours[:len(place)], broken)
+
+
+def list_broken(out: Path, broken: dict[str, str]) -> list[str]:
+    """Leaves the list in the run folder, in place of that of an earlier evaluation; the line to say, if there is one."""
+    path = out / "evaluation-skipped.txt"
+    path.unlink(missing_ok=True)
+    if not broken:
+        return []
+    with atomic_write(path) as file:
+        file.write("".join(message + "\n" for message in broken.values()).encode("utf-8", "replace"))
+    return [f"{len(broken)} broken files left out ({path})"]
 
 
 # ------------------------------------------------------------------------------------------------ the questions
 
 
-def answers(train: Pairs, asked: Pairs, columns: slice = slice(1)) -> tuple[list[str], Tensor]:
-    """The distinct names [M] of all pictures, and which of them are right for each picture asked about: [N, M]."""
-    names = list(dict.fromkeys(name for pairs in (train, asked) for column in pairs.captions[columns] for name in column))
-    return names, is_named(asked, names, columns)
+CELLS = 2**24               # the most scores that a block holds
+Rows = Tensor | slice       # numbers of pictures or of names
+Scores = Callable[[Rows, Rows], Tensor]     # any pictures [n], any names [m] -> how well they match [n, m]
 
 
-def is_named(pairs: Pairs, names: list[str], columns: slice) -> Tensor:
-    """[N, M]: whether a picture carries a name in one of the columns."""
+@dataclass(frozen=True)
+class Relevant:
+    """Which of M names are right for each of N pictures: a matrix [N, M] of bools, too large to be held as one."""
+
+    own: Tensor             # [N, C]: numbers of a picture's names, one from each column of captions
+    names: int              # M
+
+    def block(self, pictures: Rows, names: Rows) -> Tensor:
+        """[n], [m] -> [n, m]."""
+        return (self.own[pictures][:, :, None] == torch.arange(self.names)[names]).any(dim=1)
+
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """How many names each picture has [N], and how many pictures each name [M]."""
+        picture = torch.arange(len(self.own))[:, None].expand_as(self.own)
+        once = torch.stack([picture, self.own]).flatten(1).unique(dim=1)       # two columns may hold one name
+        return once[0].bincount(minlength=len(self.own)), once[1].bincount(minlength=self.names)
+
+    def asked_names(self) -> tuple[Tensor, Tensor]:
+        """The names that have a picture, ascending, and the first picture of each: [W], [W]."""
+        names, which = self.own.unique(return_inverse=True)                                            # [W], [N, C]
+        picture = torch.arange(len(self.own))[:, None].expand_as(which)
+        first = torch.full_like(names, len(self.own))
+        return names, first.scatter_reduce_(0, which.flatten(), picture.flatten(), "amin")
+
+
+def answers(train: Pairs, asked: Pairs, columns: slice = slice(1), pool: Pairs | None = None) -> tuple[list[str], Relevant]:
+    """The distinct names [M] of all pictures, and which of them are right for each picture asked about.
+
+    pool: those that the pictures asked about were drawn from, whose names are to choose from as well.
+    """
+    names = list(dict.fromkeys(name for pairs in (train, pool or asked) for column in pairs.captions[columns]
+                               for name in column))
+    return names, Relevant(numbers(asked, names, columns), len(names))
+
+
+def numbers(pairs: Pairs, names: list[str], columns: slice) -> Tensor:
+    """[pictures, C]: the places of their captions among the names."""
     place = {name: i for i, name in enumerate(names)}
-    found = torch.zeros(len(pairs.files), len(names), dtype=torch.bool)
-    for column in pairs.captions[columns]:
-        found[torch.arange(len(column)), [place[name] for name in column]] = True
-    return found
+    return torch.tensor([[place[name] for name in column] for column in pairs.captions[columns]], dtype=torch.long).T
 
 
-def by_colours(train: Pairs, asked: Pairs, names: list[str], columns: slice = slice(1)) -> Tensor:
-    """[N, M]: how alike the colours of a picture and of the nearest training picture of each name are.
+def embed_names(matcher: Matcher, names: list[str], batch: int = 256) -> Tensor:
+    """[M, E]."""
+    progress, parts = Progress(len(names), unit="name"), []
+    for first in range(0, len(names), batch):
+        parts.append(matcher.embed_texts(names[first:first + batch]))
+        progress.show(min(first + batch, len(names)), "embedded")
+    progress.close()
+    return torch.cat(parts)
+
+
+def by_vectors(pictures: Tensor, names: Tensor) -> Scores:
+    """[N, E], [M, E]: how the model answers."""
+    return lambda rows, columns: pictures[rows] @ names[columns].T
+
+
+def by_matrix(similarity: Tensor) -> Scores:
+    """Scores [N, M] that are there already."""
+    return lambda rows, columns: similarity[rows][:, columns]
+
+
+def by_colours(train: Pairs, asked: Pairs, names: list[str], columns: slice = slice(1),
+               colours: tuple[Tensor, Tensor] | None = None) -> Scores:
+    """How alike the colours of a picture and of the nearest training picture of each name are.
 
     A name that no training picture carries is never the answer.
+    colours: histograms of the training pictures [K, 64] and of those asked about [N, 64]; else those of their pixels.
     """
-    alike = -torch.cdist(histogram(asked.pictures), histogram(train.pictures), p=1)                    # [N, K]
-    known = is_named(train, names, columns)                                                            # [K, M]
-    scores = [alike[:, rows].max(dim=1).values if rows.any() else alike.new_full((len(alike),), -9.0) for rows in known.T]
-    return torch.stack(scores, dim=1)
+    of_train, of_asked = colours or (histogram(train.pictures), histogram(asked.pictures))
+    carried = numbers(train, names, columns)                                                           # [K, C]
+
+    def score(pictures: Rows, wanted: Rows) -> Tensor:
+        mine, wanted = of_asked[pictures], torch.arange(len(names))[wanted]                            # [n, 64], [m]
+        m = len(wanted)                                                 # also the column of all that is not wanted
+        column = torch.full((len(names),), m).index_copy_(0, wanted, torch.arange(m))[carried]         # [K, C]
+        best = mine.new_full((len(mine), m + 1), -9.0)
+        useful = (column < m).any(dim=1).nonzero()[:, 0]
+        for k in useful.split(rows_of_width(len(mine))):
+            alike = -torch.cdist(mine, of_train[k], p=1)                                               # [n, k]
+            for to in column[k].T:
+                best.scatter_reduce_(1, to.expand_as(alike), alike, "amax")
+        return best[:, :m]
+
+    return score
 
 
 def histogram(pictures: Tensor, bins: int = 4) -> Tensor:
@@ -114,41 +260,66 @@ def histogram(pictures: Tensor, bins: int = 4) -> Tensor:
 # ------------------------------------------------------------------------------------------------- the measures
 
 
-def measure(similarity: Tensor, relevant: Tensor, things: list[str], resamples: int = 2000, seed: int = 0) -> dict:
-    """R@1 and R@5 both ways with 95 % intervals. similarity, relevant: [N pictures, M names]; things: N.
+def measure(similarity: Scores | Tensor, relevant: Relevant, things: list[str], resamples: int = 2000, seed: int = 0) -> dict:
+    """R@1 and R@5 both ways with 95 % intervals. similarity: any block of [N pictures, M names], or all; things: N.
 
     The interval resamples whole things, with all the pictures and names of each: two pictures of one thing are not
     two independent pieces of evidence. The answers to choose from stay all of them.
     """
+    score = by_matrix(similarity) if isinstance(similarity, Tensor) else similarity
     number = {thing: i for i, thing in enumerate(dict.fromkeys(things))}
     of_picture = torch.tensor([number[thing] for thing in things])                                     # [N]
-    wanted = relevant.any(dim=0)                        # a name without a picture here is not asked for
-    of_name = of_picture[relevant.int().argmax(dim=0)][wanted]                                         # [names asked]
-    ways = {"image_to_text": (similarity, relevant, of_picture),
-            "text_to_image": (similarity.T[wanted], relevant.T[wanted], of_name)}
+    wanted, first = relevant.asked_names()              # a name without a picture here is not asked for
+    every, pictures = slice(None), torch.arange(len(things))
+    ways = {"image_to_text": (of_picture, places_of(pictures, relevant.names, lambda some: (
+                score(some, every), relevant.block(some, every)))),
+            "text_to_image": (of_picture[first], places_of(wanted, len(things), lambda some: (
+                score(every, some).T, relevant.block(every, some).T)))}
     scores = {}
-    for way, (s, r, of) in ways.items():
-        place = ranks(s, r)
+    for way, (of, place) in ways.items():
         for k in (1, 5):
             hit = (place < k).double()
             scores[f"{way}_R@{k}"] = [hit.mean().item(), *interval(hit, of, len(number), resamples, seed)]
     return scores
 
 
+def places_of(queries: Tensor, answers: int, block: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    """[Q]: the place, from 0, of the best right answer to each query. block: some queries -> their scores, which are right.
+
+    Filled, not stacked: small tensors that are kept between large ones would leave the heap full of holes.
+    """
+    found, rows = torch.empty_like(queries), rows_of_width(answers)
+    for some_queries, part in zip(queries.split(rows), found.split(rows), strict=True):
+        part.copy_(ranks(*block(some_queries)))
+    return found
+
+
+def rows_of_width(width: int) -> int:
+    """How many rows of so many scores make a block."""
+    return max(1, CELLS // width)
+
+
 def interval(hit: Tensor, of: Tensor, things: int, resamples: int, seed: int) -> tuple[float, float]:
     """The 2.5 and 97.5 % points of the mean of hit [Q] over draws, with replacement, of the things `of` [Q]."""
     hits = torch.zeros(things, dtype=torch.double).index_add_(0, of, hit)
     asked = torch.zeros(things, dtype=torch.double).index_add_(0, of, torch.ones_like(hit))
-    dice = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(things, (resamples, things), generator=dice)
-    means = hits[drawn].sum(dim=1) / asked[drawn].sum(dim=1).clamp_min(1)
-    return tuple(torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.double)).tolist())
+    dice, means = torch.Generator().manual_seed(seed), []
+    for draws in torch.arange(resamples).split(rows_of_width(things)):
+        drawn = torch.randint(things, (len(draws), things), generator=dice)
+        means.append(hits[drawn].sum(dim=1) / asked[drawn].sum(dim=1).clamp_min(1))
+    return tuple(torch.quantile(torch.cat(means), torch.tensor([0.025, 0.975], dtype=torch.double)).tolist())
 
 
-def by_chance(relevant: Tensor) -> dict[str, list[float]]:
-    asked = relevant.T[relevant.any(dim=0)]
-    return {f"{way}_R@{k}": [chance(r, min(k, r.shape[1]))] for k in (1, 5)
-            for way, r in (("image_to_text", relevant), ("text_to_image", asked))}
+def by_chance(relevant: Relevant) -> dict[str, list[float]]:
+    of_picture, of_name = relevant.counts()
+    ways = {"image_to_text": (of_picture, len(of_name)), "text_to_image": (of_name[of_name > 0], len(of_picture))}
+    return {f"{way}_R@{k}": [chance(right.tolist(), of, min(k, of))] for k in (1, 5) for way, (right, of) in ways.items()}
+
+
+def chance(right: list[int], of: int, k: int) -> float:
+    """miniclip.loss.chance where only the numbers of right answers are known: r for each query, among `of`."""
+    missed = [comb(of - r, k) / comb(of, k) for r in right]
+    return 1 - sum(missed) / len(missed)
 
 
 # ------------------------------------------------------------------------------------------------------- telling
@@ -173,28 +344,33 @@ def tell(scores: dict[str, dict]) -> None:
         print("| " + " | ".join(row) + " |")
 
 
-def write_page(out: Path, title: str, scores: dict, train: Pairs, asked: Pairs, names: list[str], similarity: Tensor,
-               cfg: EvaluateConfig) -> None:
-    parts = [f"<p>{title}.</p>", report.table(rows_of(scores), HEADER),
-             "<p class='note'>In brackets: 95 % of the results if other things of this kind were drawn.</p>"]
-    dice = torch.Generator().manual_seed(cfg.seed)
-    shown = torch.randperm(len(asked.files), generator=dice)[:cfg.shown].tolist()
-    if shown:
-        best = similarity[shown].topk(min(3, len(names)), dim=1).indices.tolist()
-        save_grid(pairs_of_pictures(train, asked, shown, [names[b[0]] for b in best]), out / "answers.png", len(shown))
-        lines = [[asked.captions[0][i], "; ".join(names[j] for j in b)] for i, b in zip(shown, best, strict=True)]
-        parts += [f"<h2>{len(shown)} pictures drawn by lot</h2>",
-                  report.picture(out / "answers.png", "above: asked; below: a training picture of the first answer"),
-                  report.table(lines, ["what it is", "answers, best first"])]
-    report.write_page(out / "evaluation.html", f"What {out.name} finds", parts)
+def write_page(out: Path, told: list[str], scores: dict, examples: list[str]) -> None:
+    report.write_page(out / "evaluation.html", f"What {out.name} finds", [
+        *(f"<p>{html.escape(line)}.</p>" for line in told), report.table(rows_of(scores), HEADER),
+        "<p class='note'>In brackets: 95 % of the results if other things of this kind were drawn.</p>", *examples])
 
 
-def pairs_of_pictures(train: Pairs, asked: Pairs, shown: list[int], answered: list[str]) -> Tensor:
+def best_names(score: Scores, names: list[str], pictures: list[int], most: int = 3) -> list[list[str]]:
+    """The names that match each of these pictures best, best first."""
+    rows = torch.tensor(pictures, dtype=torch.long).split(rows_of_width(len(names)))
+    best = torch.cat([score(some, slice(None)).topk(min(most, len(names)), dim=1).indices for some in rows])
+    return [[names[j] for j in found] for found in best.tolist()]
+
+
+def show(out: Path, train: Pairs, asked: Pairs, shown: list[int], found: list[list[str]], size: int) -> list[str]:
+    """Some of the pictures asked about with the names found for them, as parts of the page. Reads just these again."""
+    save_grid(pairs_of_pictures(train, asked, shown, [names[0] for names in found], size), out / "answers.png", len(shown))
+    lines = [[asked.captions[0][i], "; ".join(names)] for i, names in zip(shown, found, strict=True)]
+    return [f"<h2>{len(shown)} pictures drawn by lot</h2>",
+            report.picture(out / "answers.png", "above: asked; below: a training picture of the first answer"),
+            report.table(lines, ["what it is", "answers, best first"])]
+
+
+def pairs_of_pictures(train: Pairs, asked: Pairs, shown: list[int], answered: list[str], size: int) -> Tensor:
     """[2 * shown, 3, S, S]: the pictures asked about, then one of training for each answer, or a grey field."""
-    first = {name: i for column in train.captions for i, name in reversed(list(enumerate(column)))}
-    grey = torch.zeros_like(asked.pictures[0])
-    below = [train.pictures[first[name]] if name in first else grey for name in answered]
-    return torch.stack([asked.pictures[i] for i in shown] + below)
+    first = {name: file for column in train.captions for file, name in reversed(list(zip(train.files, column, strict=True)))}
+    below = [as_floats(first[name], size) if name in first else torch.zeros(3, size, size) for name in answered]
+    return torch.stack([as_floats(asked.files[i], size) for i in shown] + below)
 
 
 if __name__ == "__main__":
