@@ -27,8 +27,8 @@ def main() -> int:
         failed += tally.lost + len(tally.differing)
         print(f"{name}: {tally.kills} kills ({tally.in_saves} inside a save) of {tally.runs} runs, {tally.lost} checkpoints "
               f"lost, {len(tally.differing)} files that differ {tally.differing[:5]} (seed {args.seed})", flush=True)
-    others = [str(Path(__file__).with_name(name)) for name in ("test_faults.py", "torchrun_job.py")]
-    return int(failed > 0) or pytest.main(["-q", *others])
+    others = [str(Path(__file__).with_name(name)) for name in ("test_faults.py", "torchrun_job.py", "two_hosts.py")]
+    return int(failed > 0) or pytest.main(["-q", "-rs", *others])
 
 
 if __name__ == "__main__":
