@@ -153,7 +153,7 @@ def test_two_hosts_do_what_one_process_does(hosts: list[Host], tmp_path: Path, s
     assert job.codes(within=240) == [0, 0], job.said(0)[-3000:] + job.said(1)[-3000:]
     assert f"{2 * each} processes" in job.said(0) and "done in" in job.said(0) and "done in" not in job.said(1)
     whole = alone(script, tmp_path / "one", "--steps", str(steps))
-    assert len(whole) == steps and losses(out) == pytest.approx(whole, rel=1e-3)
+    assert len(whole) == steps and losses(out) == pytest.approx(whole, rel=1e-4)
     weights = sum(path.stat().st_size for path in (out / "model").rglob("*.safetensors"))
     sent = [host.sent() - old for host, old in zip(hosts, before)]
     assert min(sent) > 0.8 * weights * steps, (sent, weights)
