@@ -139,6 +139,10 @@ def recall(similarity: Tensor, relevant: Tensor, k: int = 1) -> float:
 
 def chance(relevant: Tensor, k: int = 1) -> float:
     """R@k of a random order: 1 - C(N - r, k) / C(N, k), averaged over queries with r relevant items of N."""
-    N = relevant.shape[1]
-    missed = [math.comb(N - r, k) / math.comb(N, k) if k <= N else 0.0 for r in relevant.sum(dim=1).tolist()]
+    return chance_of_counts(relevant.sum(dim=1).tolist(), relevant.shape[1], k)
+
+
+def chance_of_counts(relevant: list[int], N: int, k: int = 1) -> float:
+    """`chance` where only the numbers of relevant items are known, r for each query."""
+    missed = [math.comb(N - r, k) / math.comb(N, k) if k <= N else 0.0 for r in relevant]
     return 1 - sum(missed) / len(missed)

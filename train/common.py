@@ -83,6 +83,7 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(_fail("interrupted", 130))
     finally:
         if dist.is_available() and dist.is_initialized():
+            time.sleep(0.2)             # gloo of PyTorch 2.4 hangs where it is taken down while it still cleans up
             dist.destroy_process_group()
 
 

@@ -19,14 +19,13 @@ import dataclasses
 import html
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import comb
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from data.folder import DataError
-from miniclip.loss import ranks
+from miniclip.loss import chance_of_counts, ranks
 from miniclip.weights import atomic_write, read_json, write_json
 from train import report
 from train.common import Progress, UserError, flag, parse_flags, pick_device, run, save_grid
@@ -52,7 +51,7 @@ def main(cfg: EvaluateConfig) -> None:
     # ---- what is asked
     out, columns = Path(cfg.run), slice(None) if cfg.every_column else slice(1)
     train, pool, rows = read_run(out)
-    asked = take(pool, sorted(by_lot(len(pool.files), cfg.most, cfg.seed)))
+    asked = pool.take(sorted(by_lot(len(pool.files), cfg.most, cfg.seed)))
     if len(asked.files) < len(pool.files):
         rows += f", drawn by lot from {len(pool.files)}"
     matcher = Matcher.load(out / "model").to(pick_device(cfg.device))
@@ -104,11 +103,6 @@ def by_lot(count: int, most: int, seed: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most].tolist()
 
 
-def take(pairs: Pairs, rows: list[int]) -> Pairs:
-    captions = [[column[i] for i in rows] for column in pairs.captions]
-    return Pairs([pairs.files[i] for i in rows], pairs.pictures[rows], captions, [pairs.held_out[i] for i in rows])
-
-
 @dataclass(frozen=True)
 class Seen:
     """What is kept of the pictures that could be read, in one order: those asked about stand first."""
@@ -122,7 +116,7 @@ class Seen:
         return values[[self.place[file] for file in pairs.files]]
 
     def without_broken(self, pairs: Pairs) -> Pairs:
-        return take(pairs, [i for i, file in enumerate(pairs.files) if file not in self.broken])
+        return pairs.take([i for i, file in enumerate(pairs.files) if file not in self.broken])
 
 
 def look(matcher: Matcher, asked: list[str], others: list[str]) -> Seen:
@@ -313,13 +307,7 @@ def interval(hit: Tensor, of: Tensor, things: int, resamples: int, seed: int) ->
 def by_chance(relevant: Relevant) -> dict[str, list[float]]:
     of_picture, of_name = relevant.counts()
     ways = {"image_to_text": (of_picture, len(of_name)), "text_to_image": (of_name[of_name > 0], len(of_picture))}
-    return {f"{way}_R@{k}": [chance(right.tolist(), of, min(k, of))] for k in (1, 5) for way, (right, of) in ways.items()}
-
-
-def chance(right: list[int], of: int, k: int) -> float:
-    """miniclip.loss.chance where only the numbers of right answers are known: r for each query, among `of`."""
-    missed = [comb(of - r, k) / comb(of, k) for r in right]
-    return 1 - sum(missed) / len(missed)
+    return {f"{way}_R@{k}": [chance_of_counts(right.tolist(), of, k)] for k in (1, 5) for way, (right, of) in ways.items()}
 
 
 # ------------------------------------------------------------------------------------------------------- telling

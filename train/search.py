@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.folder import DataError, PictureFolder, read_picture
+from data.folder import SUFFIXES, DataError, list_pictures, read_picture
 from miniclip.weights import WeightsError, load_file, read_json, save_file, write_json
-from train.common import UserError, flag, make_folder, parse_flags, pick_device, run, save_grid
+from train.common import Progress, UserError, flag, make_folder, parse_flags, pick_device, run, save_grid
 from train.matcher import Matcher
+from train.stream import readable
 
 
 @dataclass(frozen=True)
@@ -132,24 +133,39 @@ def save_index(folder: Path, files: list[str], captions: list[str], embeddings: 
     write_json(folder / "index.json", {"files": files, "captions": captions})
 
 
-def build_index(matcher: Matcher, pictures: str, folder: Path, batch: int = 256) -> None:
-    """Embeds every picture below a folder, whether it has captions or not, a batch at a time."""
+def index_files(matcher: Matcher, files: list[str], captions: list[str], folder: Path | None) -> list[str]:
+    """The index of all pictures that can be read, a batch in memory at a time; returns what is wrong with the others.
+
+    folder: None where another process writes it (with weights that are shared out, all have to compute).
+    """
+    kept, vectors, broken, progress = [], [], [], Progress(len(files), unit="picture")
+    for places, pictures in readable(files, matcher.size, broken):
+        kept += places
+        vectors.append(matcher.embed_pictures(pictures))
+        if folder is not None:
+            progress.show(places[-1] + 1, "indexed")
+    progress.close()
+    if not kept:
+        raise DataError(f"none of {len(files)} pictures can be read: {broken[0]}")
+    if folder is not None:
+        save_index(folder, [files[i] for i in kept], [captions[i] for i in kept], torch.cat(vectors))
+    return broken
+
+
+def build_index(matcher: Matcher, pictures: str, folder: Path) -> None:
+    """Embeds every picture below a folder, whether it has captions or not. Broken files are named and left out."""
     try:
-        source = PictureFolder(pictures, size=matcher.size, channels=3)
-        files, captions = [str(e.path) for e in source.entries], source.captions
+        source = list_pictures(pictures)
+        files, captions = [str(picture.path) for picture in source], [picture.caption for picture in source]
     except DataError:
         files = sorted(str(p) for p in Path(pictures).rglob("*") if p.suffix.lower() in SUFFIXES)
         captions = [""] * len(files)
         if not files:
             raise
-    parts = []
-    for i in range(0, len(files), batch):
-        parts.append(matcher.embed_pictures(torch.stack([as_floats(f, matcher.size) for f in files[i:i + batch]])))
-    save_index(folder, files, captions, torch.cat(parts))
-    print(f"{len(files)} pictures indexed in {folder}")
-
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+    broken = index_files(matcher, files, captions, folder)
+    for message in broken[:10]:
+        print(f"  left out: {message}")
+    print(f"{len(files) - len(broken)} pictures indexed in {folder}" + f", {len(broken)} left out" * bool(broken))
 
 
 if __name__ == "__main__":

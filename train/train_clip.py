@@ -71,8 +71,8 @@ from train.parallel import (
     see_whole_batch,
     shard,
 )
-from train.search import save_index
-from train.stream import Skipped, check_workers, first_pictures, from_step, readable
+from train.search import index_files, save_index
+from train.stream import Skipped, check_workers, first_pictures, from_step
 
 
 @dataclass(frozen=True)
@@ -180,14 +180,7 @@ def main(cfg: TrainConfig) -> None:
         evaluating = step in check_points and step != resume_at
         if evaluating:
             with ema:
-                if cfg.lora and group.main:
-                    save_adapter(matcher.model, out / "lora", cfg.lora)
-                with merged(matcher.model):                 # LoRA, if any
-                    scores = evaluate(matcher, *shown, out if group.main else None, step)
-                    if cfg.shard:
-                        twin.load_state_dict(whole(matcher.state_dict()))
-                    if group.main:
-                        twin.save(out / "model")
+                scores = examine(matcher, twin, shown, cfg, group, step)
             metrics.add(step=step, **scores)
             group.say(verdict(step, scores, loss_mean, blind, cfg))
         if evaluating or stopping or (step % cfg.save_every == 0 and step != resume_at):
@@ -245,8 +238,9 @@ def main(cfg: TrainConfig) -> None:
         return
     with ema, merged(matcher.model):
         if group.main or cfg.shard:
-            write_index(matcher, pairs, out / "index", skipped)
-    skipped.add_those_of_others()
+            write_index(matcher, pairs, cfg, skipped)
+    if cfg.stream:
+        skipped.add_those_of_others()
     left = f", {len(skipped.files)} broken files left out ({skipped.path})" if skipped.files else ""
     group.say(f"done in {speed.seconds():.0f} s{left}: open {out / 'report.html'}; ask with "
               f"python -m train.search --run {out} --text {train.captions[0][0]}")
@@ -300,17 +294,16 @@ class Pairs:
     held_out: list[bool]
 
     def split(self) -> tuple[Pairs, Pairs]:
-        return self._take(False), self._take(True)
+        return tuple(self.take([i for i, held in enumerate(self.held_out) if held == which]) for which in (False, True))
 
     def shuffled(self, seed: int) -> Pairs:
         """The same pictures and the same rows of captions, dealt out anew: there is nothing to learn but by heart."""
         order = torch.randperm(len(self.files), generator=torch.Generator().manual_seed(seed)).tolist()
         return dataclasses.replace(self, captions=[[column[i] for i in order] for column in self.captions])
 
-    def _take(self, which: bool) -> Pairs:
-        rows = [i for i, held in enumerate(self.held_out) if held == which]
+    def take(self, rows: list[int]) -> Pairs:
         captions = [[column[i] for i in rows] for column in self.captions]
-        return Pairs([self.files[i] for i in rows], self.pictures[rows], captions, [which] * len(rows))
+        return Pairs([self.files[i] for i in rows], self.pictures[rows], captions, [self.held_out[i] for i in rows])
 
 
 def read_pairs(cfg: TrainConfig) -> Pairs:
@@ -358,22 +351,18 @@ def some_of(pairs: Pairs, cfg: TrainConfig) -> Pairs:
     if not pairs.files:
         return pairs
     pictures, rows = first_pictures(folder_of(pairs, cfg))
-    captions = [[column[i] for i in rows] for column in pairs.captions]
-    return Pairs([pairs.files[i] for i in rows], pictures, captions, [pairs.held_out[i] for i in rows])
+    return dataclasses.replace(pairs.take(rows), pictures=pictures)
 
 
-def write_index(matcher: Matcher, pairs: Pairs, folder: Path, skipped: Skipped) -> None:
-    """The index of all pictures; of a stream those that can be read, a batch in memory at a time."""
-    if len(pairs.pictures[0]):
-        kept, vectors = list(range(len(pairs.files))), matcher.embed_pictures(pairs.pictures)
-    else:
-        broken: list[str] = []
-        parts = [(places, matcher.embed_pictures(pictures))
-                 for places, pictures in readable(pairs.files, matcher.size, broken)]
-        kept, vectors = sum((places for places, _ in parts), []), torch.cat([found for _, found in parts])
-        skipped.add(broken)
-    if skipped.group.main:
-        save_index(folder, [pairs.files[i] for i in kept], [pairs.captions[0][i] for i in kept], vectors)
+def write_index(matcher: Matcher, pairs: Pairs, cfg: TrainConfig, skipped: Skipped) -> None:
+    """The index of all pictures; of a stream those that can be read. Only the first process writes."""
+    folder = Path(cfg.out) / "index" if skipped.group.main else None
+    if cfg.stream:
+        skipped.add(index_files(matcher, pairs.files, pairs.captions[0], folder))
+        return
+    vectors = matcher.embed_pictures(pairs.pictures)
+    if folder is not None:
+        save_index(folder, pairs.files, pairs.captions[0], vectors)
 
 
 def indices(texts: list[str]) -> Tensor:
@@ -522,6 +511,24 @@ def chunked_backward(trained: nn.ModuleDict, pictures: Tensor, ids: Tensor, mask
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
+
+
+def examine(matcher: Matcher, twin: Matcher, shown: tuple[Pairs, Pairs], cfg: TrainConfig, group: Group,
+            step: int) -> dict[str, float]:
+    """`evaluate` on pairs trained on and held out, which leaves the model and, with --lora, its small file.
+
+    twin: the matcher itself, or if its weights are shared out a copy that is to hold them.
+    """
+    out = Path(cfg.out)
+    if cfg.lora and group.main:
+        save_adapter(matcher.model, out / "lora", cfg.lora)
+    with merged(matcher.model):                             # LoRA, if any
+        scores = evaluate(matcher, *shown, out if group.main else None, step)
+        if cfg.shard:
+            twin.load_state_dict(whole(matcher.state_dict()))
+        if group.main:
+            twin.save(out / "model")
+    return scores
 
 
 def evaluate(matcher: Matcher, train: Pairs, test: Pairs, out: Path | None, step: int) -> dict[str, float]:

@@ -20,10 +20,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from data.folder import PictureFolder, Stream, affine
-from miniclip.weights import atomic_write, write_json
+from miniclip.weights import atomic_write
 from minidiff import DDPMScheduler
 from minidiff.attention import Transformer2DModel
 from minidiff.resnet import ResnetBlock2D
@@ -46,12 +45,16 @@ from train.common import (
     fingerprint,
     flag,
     freeze_named,
+    go_on,
     grid_columns,
+    keep,
     make_folder,
+    open_books,
     parse_flags,
     pick_device,
     run,
     save_grid,
+    stop_unless_finite,
     whole,
 )
 from train.latent import LatentWriter, load_pipeline
@@ -59,7 +62,7 @@ from train.lora import FILE as LORA_FILE
 from train.lora import add_lora, check_lora, merged, save_lora
 from train.optim import build_optimizers, set_learning_rate
 from train.parallel import Group, Loss, clip_gradients, join, replicate, shard, synchronized
-from train.stream import Skipped, check_workers, first_pictures
+from train.stream import Skipped, check_workers, first_pictures, from_step
 from train.writer import PRESETS, PictureFormat, Writer, build_writer
 
 
@@ -117,7 +120,7 @@ def main(cfg: TrainConfig) -> None:
                            index=out / "index.json" if cfg.stream else None)
     captions, parts = folder.captions, group.shares(cfg.batch, cfg.accumulate)
     own = slice(parts[0].start, parts[-1].stop)             # this process's rows of each batch
-    stream, skipped = Stream(folder, cfg.batch, cfg.seed, cfg.steps, own), Skipped(out, group)
+    stream, skipped = Stream(folder, cfg.batch, cfg.seed, cfg.steps, own), Skipped(out, group, cfg.resume)
     if cfg.stream:
         pictures, rows = first_pictures(folder)             # some to validate on
         shown = [captions[i] for i in rows]
@@ -152,20 +155,11 @@ def main(cfg: TrainConfig) -> None:
     # ---- resume
     checkpoints = Checkpoints(out, cfg.keep)
     state = RunState(dataclasses.asdict(cfg), seen, writer, ema, optimizers, scaler, dice)
-    if cfg.resume:
-        state.restore(checkpoints.load(group.say), MAY_CHANGE)
-        if group.mean(state.step) != [state.step]:
-            raise UserError(f"--resume: the processes found different checkpoints; do all of them see {out}?")
-        checkpoints.settle() if group.main else None
-        group.say(f"resumed at step {state.step}")
-    start, resume_at = state.step, state.step if cfg.resume else None
-    metrics = Metrics(out / "metrics.jsonl" if group.main else None, resume_at)
-    speed = Speed(Metrics(out / "speed.jsonl" if group.main else None, resume_at), device, cfg.steps, cfg.batch)
-    if group.main:
-        write_json(out / "config.json", {k: v for k, v in dataclasses.asdict(cfg).items() if k != "resume"})
+    resume_at = go_on(state, checkpoints, group, MAY_CHANGE) if cfg.resume else None
+    metrics, speed = open_books(cfg, group, resume_at)
+    start = state.step
     check_points = evaluation_steps(cfg.steps, cfg.samples)
-    batches = iter(DataLoader(stream, None, sampler=range(start, cfg.steps), num_workers=cfg.workers,
-                              generator=torch.Generator()))         # its own: the global one is not touched
+    batches = from_step(stream, start, cfg.workers)
     stop, stopping, progress, loss_mean = StopFlag(), False, Progress(cfg.steps, start), math.nan
 
     # ---- loop: one turn more than there are steps, so that the last evaluation and save are ordinary ones
@@ -174,22 +168,10 @@ def main(cfg: TrainConfig) -> None:
         evaluating = step in check_points and step != resume_at
         if evaluating:
             with ema:
-                if cfg.lora and group.main:
-                    save_lora(writer.unet, out / "lora" / LORA_FILE)
-                with merged(writer.unet):                   # LoRA, if any
-                    scores, grid = evaluate(writer, pictures, shown, cfg)
-                    if cfg.shard:
-                        twin.load_state_dict(whole(writer.state_dict()))
-                    if group.main:
-                        save_grid(grid, out / "samples" / f"{step:06d}.png", columns=grid_columns(len(grid)))
-                        twin.save(out / "model")
+                scores = examine(writer, twin, pictures, shown, cfg, group, step)
             metrics.add(step=step, **scores)
         if evaluating or stopping or (step % cfg.save_every == 0 and step != resume_at):
-            best = evaluating and scores["val"] < state.best
-            state.best = scores["val"] if best else state.best
-            captured = state.capture()                      # of all processes, if they share the weights out
-            if group.main:
-                checkpoints.save(captured, best)
+            keep(state, checkpoints, group, scores["val"] if evaluating else math.inf)
         if (evaluating or step == cfg.steps) and group.main:
             write_report(out, cfg, metrics, speed, parameters, captions)
         if step == cfg.steps or stopping:
@@ -223,15 +205,8 @@ def main(cfg: TrainConfig) -> None:
         norm = clip_gradients(writer.parameters(), cfg.clip)
         value, asked = group.mean(value, float(stop.set))
         stopping = asked > 0                                # of any process
-        if not math.isfinite(value):
-            metrics.add(step=step, loss=value, grad_norm=norm, lr=factor)           # for the report's words
-        if not math.isfinite(value) or not (math.isfinite(norm) or scaler.is_enabled()):
-            raise UserError(f"step {step}: the loss is {value} and the gradient norm {norm}; stopped before the weights "
-                            f"were touched. {checkpoints.kept[0]} holds the last good state: try a lower --muon-lr")
-        for optimizer in optimizers:
-            if math.isfinite(norm):                         # else float16 overflowed: the scaler lowers its factor
-                scaler.step(optimizer)
-        scaler.update()
+        stop_unless_finite(value, norm, factor, state, metrics, checkpoints.kept[0])
+        state.learn(norm)
         ema.update(step)
 
         loss_mean = value if math.isnan(loss_mean) else 0.95 * loss_mean + 0.05 * value
@@ -244,11 +219,11 @@ def main(cfg: TrainConfig) -> None:
 
     if stopping and step < cfg.steps:
         group.say(f"stopped at step {step}; go on with the same command and --resume")
-    elif cfg.stream and skipped.files:
-        group.say(f"done in {speed.seconds():.0f} s, {len(skipped.files)} broken files left out ({skipped.path}): "
-                  f"open {out / 'report.html'}")
-    else:
-        group.say(f"done in {speed.seconds():.0f} s: open {out / 'report.html'}")
+        return
+    if cfg.stream:
+        skipped.add_those_of_others()
+    left = f", {len(skipped.files)} broken files left out ({skipped.path})" if skipped.files else ""
+    group.say(f"done in {speed.seconds():.0f} s{left}: open {out / 'report.html'}")
 
 
 def check(cfg: TrainConfig) -> None:
@@ -370,7 +345,8 @@ def diffusion_loss(writer: Writer, x0: Tensor, prompts: list[str], t: Tensor, no
 
 def predicted_x0(writer: Writer, x_t: Tensor, t: int, told: dict[str, Tensor]) -> Tensor:
     """What the model takes for the clean picture behind x_t [B, C*f*f, S/f, S/f]."""
-    output, alpha_bar = writer.answer(x_t, t, told), writer.scheduler.alphas_cumprod[t].item()
+    alpha_bar, times = writer.scheduler.alphas_cumprod[t].item(), torch.full((len(x_t),), t, device=x_t.device)
+    output = writer.answer(x_t, times, told)                # times as a tensor: --compile would compile for each number
     if writer.scheduler.config.prediction_type == "v_prediction":
         return alpha_bar**0.5 * x_t - (1 - alpha_bar) ** 0.5 * output              # Salimans 2022, appendix D
     return (x_t - (1 - alpha_bar) ** 0.5 * output) / alpha_bar**0.5                 # Ho 2020, eq. 15
@@ -379,6 +355,25 @@ def predicted_x0(writer: Writer, x_t: Tensor, t: int, told: dict[str, Tensor]) -
 # ---------------------------------------------------------------------------------------------- evaluation
 
 VALIDATION_TIMESTEPS = (99, 299, 499, 699, 899, 959)
+
+
+def examine(writer: Writer, twin: Writer, pictures: Tensor, captions: list[str], cfg: TrainConfig, group: Group,
+            step: int) -> dict[str, float]:
+    """`evaluate`, which leaves samples, the model and, with --lora, its small file in the run folder.
+
+    twin: the writer itself, or if its weights are shared out a copy that is to hold them.
+    """
+    out = Path(cfg.out)
+    if cfg.lora and group.main:
+        save_lora(writer.unet, out / "lora" / LORA_FILE)
+    with merged(writer.unet):                               # LoRA, if any
+        scores, grid = evaluate(writer, pictures, captions, cfg)
+        if cfg.shard:
+            twin.load_state_dict(whole(writer.state_dict()))
+        if group.main:
+            save_grid(grid, out / "samples" / f"{step:06d}.png", columns=grid_columns(len(grid)))
+            twin.save(out / "model")
+    return scores
 
 
 @torch.no_grad()
