@@ -6,6 +6,7 @@ Everything read here is untrusted: each file is bounded before it is decoded, an
 Shapes: N pictures, C channels, H height, W width. Values: uint8 0..255 on disk, float32 -1..1 for a model.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -13,6 +14,7 @@ import math
 import os
 import stat
 import unicodedata
+import uuid
 import warnings
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
@@ -172,9 +174,13 @@ def _indexed(root: Path, caption_column: str, index: Path) -> list[Picture]:
         pass                                            # not there yet, or damaged: made again
     pictures = list_pictures(root, caption_column)
     rows = [[p.path.relative_to(root).as_posix(), p.caption] for p in pictures]
-    partial = index.with_name(f"{index.name}.{os.getpid()}")
-    partial.write_text(json.dumps({"made_of": made_of, "pictures": rows}, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, index)
+    partial = index.with_name(f".{index.name}.{uuid.uuid4().hex[:12]}.tmp")      # other processes write theirs
+    try:
+        partial.write_text(json.dumps({"made_of": made_of, "pictures": rows}, ensure_ascii=False), encoding="utf-8")
+        os.replace(partial, index)
+    except OSError:                                     # it only saves time: a full or read-only disk may do without
+        with contextlib.suppress(OSError):
+            partial.unlink()
     return pictures
 
 

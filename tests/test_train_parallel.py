@@ -6,6 +6,8 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -230,6 +232,60 @@ def test_what_processes_cannot_share_is_refused(tmp_path: Path, capfd) -> None:
                            ({"preset": "vit-tiny", "batch": 9}, "--batch 9")):
         codes = together(2, partial(train_clip.main, dataclasses.replace(base, **changes)))
         assert 0 not in codes and words in capfd.readouterr().err
+
+
+@needs_fork
+@pytest.mark.parametrize("different, words", [
+    ({"lr": 0.1}, "the processes differ in lr: 0.001 and 0.1; start all of them alike"),
+    ({"seed": 5}, "differ in seed: 0 and 5"), ({"data": "reordered"}, "differ in checksum: "),
+])  # fmt: skip
+@pytest.mark.parametrize("script", ["diffusion", "clip"])
+def test_processes_started_differently_all_end(tmp_path: Path, script: str, different: dict, words: str, capfd) -> None:
+    """With other flags or data one of them would train another model, and nobody would see it."""
+    source = ROOT / "data" / ("calligraphy" if script == "diffusion" else "herbs")
+    if "data" in different:
+        shutil.copytree(source, tmp_path / "reordered")
+        head, *lines = (source / "captions.csv").read_text(encoding="utf-8").splitlines()
+        (tmp_path / "reordered" / "captions.csv").write_text("\n".join([head, *reversed(lines)]), encoding="utf-8")
+        different = {"data": str(tmp_path / "reordered")}
+    base = {"data": str(source), "out": str(tmp_path / "run"), "device": "cpu", "size": 32}
+    module = train_diffusion if script == "diffusion" else train_clip
+
+    def work() -> None:
+        mine = different if os.environ["RANK"] == "1" else {}
+        module.main(module.TrainConfig(**{**base, **mine}))
+
+    assert together(2, work) == [2, 2]
+    assert len(re.findall(words, capfd.readouterr().err)) == 2 and not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@needs_fork
+def test_a_checkpoint_that_only_some_see_ends_all(tmp_path: Path, float64, capfd) -> None:
+    train(tmp_path / "one")
+    cfg = dataclasses.replace(TINY, out=str(tmp_path / "one"), resume=True)
+
+    def work() -> None:
+        elsewhere = {"out": str(tmp_path / "two")} if os.environ["RANK"] == "1" else {}
+        train_diffusion.main(dataclasses.replace(cfg, **elsewhere))
+
+    (tmp_path / "two").mkdir()
+    assert together(2, work) == [2, 2]
+    assert capfd.readouterr().err.count("--resume: the processes found different checkpoints") == 2
+
+
+@needs_fork
+def test_losing_another_process_is_one_line(tmp_path: Path, float64, monkeypatch, capfd) -> None:
+    def dies(*args):
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), 9)
+        return diffusion_loss(*args)
+
+    diffusion_loss = train_diffusion.diffusion_loss
+    monkeypatch.setattr(train_diffusion, "diffusion_loss", dies)
+    codes = together(2, partial(train_diffusion.main, dataclasses.replace(TINY, out=str(tmp_path / "run"))))
+    assert codes == [2, -9]
+    said = capfd.readouterr().err
+    assert "error (process 0): lost another process (" in said and "Traceback" not in said
 
 
 def test_shares_cover_the_batch_once() -> None:

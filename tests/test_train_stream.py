@@ -52,6 +52,14 @@ def test_the_index_spares_looking_at_every_file(tmp_path: Path, monkeypatch) -> 
     assert PictureFolder(make_data(tmp_path / "classes"), 16, index=tmp_path / "no.json").captions[0] == "k0"
 
 
+def test_an_index_that_cannot_be_kept_is_done_without(tmp_path: Path) -> None:
+    data, index = make_data(tmp_path / "data", table=True), tmp_path / "index.json"
+    index.mkdir()                                               # nothing can be moved onto a folder
+    assert len(PictureFolder(data, 16, index=index)) == 10
+    assert len(PictureFolder(data, 16, index=tmp_path / "no" / "folder.json")) == 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "index.json"]
+
+
 # ----------------------------------------------------------------------------------------------- the stream
 
 

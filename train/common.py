@@ -73,18 +73,29 @@ def run(main: Callable[[], None]) -> None:
             stream.reconfigure(encoding="utf-8", errors="replace")      # Chinese on any Windows console
     try:
         main()
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()              # torchrun would soon end the first process if it still wrote its last files alone
     except (UserError, DataError, ConfigError, WeightsError) as error:
         sys.exit(_fail(str(error)))
     except OSError as error:
         sys.exit(_fail(f"{error.filename or 'file'}: {error.strerror or error}"))
     except torch.cuda.OutOfMemoryError:
         sys.exit(_fail("out of memory on the device: try a smaller --batch or --preset"))
+    except RuntimeError as error:
+        if not is_about_others(error):
+            raise
+        sys.exit(_fail(f"lost another process ({str(error).splitlines()[0]:.200}); see what it says, and go on with --resume"))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted", 130))
     finally:
         if dist.is_available() and dist.is_initialized():
             time.sleep(0.2)             # gloo of PyTorch 2.4 hangs where it is taken down while it still cleans up
             dist.destroy_process_group()
+
+
+def is_about_others(error: RuntimeError) -> bool:
+    """Whether it is what torch.distributed raises when another process, or its machine, is gone."""
+    return dist.is_available() and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
 
 
 def _fail(message: str, status: int = 2) -> int:
@@ -330,9 +341,16 @@ class RunState:
 
 def go_on(state: RunState, checkpoints: Checkpoints, group: Group, may_change: tuple[str, ...]) -> int:
     """--resume: puts the newest good checkpoint back and returns its step, the same in all processes."""
-    state.restore(checkpoints.load(group.say), may_change)
-    if group.mean(state.step) != [state.step]:
+    saved, problem = None, ""
+    try:
+        saved = checkpoints.load(group.say)
+    except UserError as error:
+        problem = str(error)
+    if len(group.union([str(saved and saved["step"])])) > 1:
         raise UserError(f"--resume: the processes found different checkpoints; do all of them see {checkpoints.folder}?")
+    if saved is None:
+        raise UserError(problem)
+    state.restore(saved, may_change)
     if group.main:
         checkpoints.settle()
     group.say(f"resumed at step {state.step}")
@@ -351,6 +369,12 @@ def keep(state: RunState, checkpoints: Checkpoints, group: Group, score: float =
 def fingerprint(names: list[str], captions: list[str]) -> dict[str, int]:
     """What must not change between a run and its continuation: which pictures, under which captions."""
     return {"pictures": len(names), "checksum": zlib.crc32("\n".join([*names, *captions]).encode("utf-8", "replace"))}
+
+
+def must_be_alike(cfg: Any, data: dict[str, int], group: Group) -> None:
+    """Refuses processes that were started with different flags, or that see different data; paths may differ."""
+    own = ("out", "data", "device", "workers", "threads")
+    group.must_agree(**{name: value for name, value in dataclasses.asdict(cfg).items() if name not in own}, **data)
 
 
 # ---- what a run tells

@@ -57,6 +57,16 @@ class Group(NamedTuple):
         dist.all_reduce(total)
         return (total / self.size).tolist()
 
+    def must_agree(self, **values: Any) -> None:
+        """Ends all processes in one line where one of them was started with other flags, or sees other data."""
+        lists: list[Any] = [values] * self.size
+        if self.size > 1:
+            dist.all_gather_object(lists, values)
+        for name in values:
+            found = list(dict.fromkeys(str(other.get(name)) for other in lists))
+            if len(found) > 1:
+                raise UserError(f"the processes differ in {name}: {' and '.join(found)}; start all of them alike")
+
     def union(self, texts: Iterable[str]) -> list[str]:
         """The texts of all processes, each once, on each of them."""
         lists: list[Any] = [list(texts)]
@@ -75,7 +85,7 @@ def join(device: torch.device) -> Group:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     return Group(dist.get_rank(), dist.get_world_size(), device)
 
 

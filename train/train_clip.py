@@ -49,6 +49,7 @@ from train.common import (
     go_on,
     keep,
     make_folder,
+    must_be_alike,
     open_books,
     parse_flags,
     pick_device,
@@ -127,6 +128,8 @@ def main(cfg: TrainConfig) -> None:
         torch.set_num_threads(cfg.threads or 1)
     out = make_folder(cfg.out, write=group.main)
     pairs, skipped = (list_pairs(cfg, out) if cfg.stream else read_pairs(cfg)), Skipped(out, group, cfg.resume)
+    seen = fingerprint([Path(name).relative_to(cfg.data).as_posix() for name in pairs.files], sum(pairs.captions, []))
+    must_be_alike(cfg, seen, group)
     train, test = pairs.split()
     if cfg.shuffle_captions:
         train = train.shuffled(cfg.seed)
@@ -163,7 +166,6 @@ def main(cfg: TrainConfig) -> None:
 
     # ---- resume
     checkpoints = Checkpoints(out, cfg.keep)
-    seen = fingerprint([Path(name).relative_to(cfg.data).as_posix() for name in pairs.files], sum(pairs.captions, []))
     state = RunState(dataclasses.asdict(cfg), seen, trained, ema, optimizers, scaler, dice)
     resume_at = go_on(state, checkpoints, group, MAY_CHANGE) if cfg.resume else None
     metrics, speed = open_books(cfg, group, resume_at)

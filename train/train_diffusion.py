@@ -49,6 +49,7 @@ from train.common import (
     grid_columns,
     keep,
     make_folder,
+    must_be_alike,
     open_books,
     parse_flags,
     pick_device,
@@ -118,6 +119,8 @@ def main(cfg: TrainConfig) -> None:
     amp = autocast(cfg.precision, device)
     folder = PictureFolder(cfg.data, size=cfg.size, channels=cfg.channels, caption_column=cfg.caption_column,
                            index=out / "index.json" if cfg.stream else None)
+    seen = fingerprint([entry.path.relative_to(cfg.data).as_posix() for entry in folder.entries], folder.captions)
+    must_be_alike(cfg, seen, group)
     captions, parts = folder.captions, group.shares(cfg.batch, cfg.accumulate)
     own = slice(parts[0].start, parts[-1].stop)             # this process's rows of each batch
     stream, skipped = Stream(folder, cfg.batch, cfg.seed, cfg.steps, own), Skipped(out, group, cfg.resume)
@@ -136,7 +139,6 @@ def main(cfg: TrainConfig) -> None:
     writer.unet.enable_gradient_checkpointing(cfg.gradient_checkpointing)
     if cfg.compile:
         writer.unet.compile()
-    seen = fingerprint([entry.path.relative_to(cfg.data).as_posix() for entry in folder.entries], captions)
     frozen_codes = isinstance(writer, LatentWriter)         # its pictures are encoded once for all
     if frozen_codes:
         pictures = writer.latents(pictures, out / "cache", f"{cfg.size}-{seen['checksum']:08x}")    # [N, L, S/f, S/f]
@@ -432,26 +434,32 @@ def write_report(out: Path, cfg: TrainConfig, metrics: Metrics, speed: Speed, pa
     loss_curve = report.curve({"training loss": losses}, "step", "mean squared error of v, smoothed")
     with atomic_write(out / "loss.svg") as file:
         file.write(loss_curve.encode("utf-8"))
-    validation = {"with captions": metrics.series("val"), "without captions": metrics.series("val_free"),
-                  "best possible without captions": metrics.series("bound")}
     last = [row for row in metrics.rows if "val" in row][-1]
-    rows = [[t, *(f"{last.get(f'{name}_{t}', math.nan):.4f}" for name in ("val", "val_free", "bound"))]
-            for t in VALIDATION_TIMESTEPS]
     grids = sorted((out / "samples").glob("*.png"), reverse=True)
+    others = [{k: v for k, v in row.items() if k != "val"} for row in metrics.rows]                 # drawn by itself
     report.write_page(out / "report.html", f"Learning to write: {Path(cfg.data).name}", [
         f"<p>{len(captions)} pictures, {parameters:,} parameters, step {last['step']} of {cfg.steps}, "
         f"{speed.seconds():.0f} s.</p>",
         report.picture(grids[0], f"Newest samples, {cfg.size} x {cfg.size}, one for each caption: "
                                  + "、".join(list(dict.fromkeys(captions))[:40])),
-        report.notes(metrics.rows),
-        "<h2>Validation beside its bound</h2>", report.curve(validation, "step", "mean squared error of x0"),
-        "<p>Fixed pictures, timesteps and noise. The best possible value is computed exactly from the training "
-        "pictures; only a captioned model may go below it. Timestep by timestep, 0 being clean and 999 noise:</p>",
-        report.table(rows, ["timestep", "with captions", "without captions", "best without captions"]),
+        report.notes(metrics.rows), *validation(metrics, last),
         "<h2>On the way</h2>", *(report.picture(path, f"after {int(path.stem)} steps") for path in grids[1:]),
-        *report.curves({"": (metrics.rows, speed.metrics.rows)}),
+        *report.curves({"": (others, speed.metrics.rows)}),
         "<h2>Settings</h2>", report.table(list(dataclasses.asdict(cfg).items())),
     ])
+
+
+def validation(metrics: Metrics, last: dict) -> list[str]:
+    """A curve and a table of the report; a stream and a model for inpainting have no bound."""
+    names = {"val": "with captions", "val_free": "without captions", "bound": "best possible without captions"}
+    names = {name: words for name, words in names.items() if name in last}
+    rows = [[t, *(f"{last[f'{name}_{t}']:.4f}" for name in names)] for t in VALIDATION_TIMESTEPS]
+    bound = ("The best possible value is computed exactly from the training pictures; only a captioned model may go below "
+             "it. ") if "bound" in names else ""
+    return ["<h2>Validation" + (" beside its bound" if bound else "") + "</h2>",
+            report.curve({words: metrics.series(name) for name, words in names.items()}, "step", "mean squared error of x0"),
+            f"<p>Fixed pictures, timesteps and noise. {bound}Timestep by timestep, 0 being clean and 999 noise:</p>",
+            report.table(rows, ["timestep", *names.values()])]
 
 
 if __name__ == "__main__":

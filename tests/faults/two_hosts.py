@@ -206,8 +206,7 @@ def test_hosts_that_see_different_folders_do_not_go_on(hosts: list[Host], tmp_pa
     job = start(hosts, "diffusion", outs, "--steps", "4", "--save-every", "1", "--keep", "4", "--resume")
     assert 0 not in job.codes(within=180)
     said = job.said(0) + job.said(1)
-    words = "no .*second" if other == "empty" else "the processes found different checkpoints"
-    assert re.search(rf"error \(process \d\): --resume: .*{words}", said), said[-3000:]
+    assert re.search(r"error \(process \d\): --resume: the processes found different checkpoints", said), said[-3000:]
     assert contents(outs[0]) == seen
 
 
