@@ -70,6 +70,15 @@ def test_a_folder_of_your_own(tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("2 pictures indexed") and said[1].endswith("blue.png")
     assert (tmp_path / "run" / "index-other" / "index.json").exists()
+    (tmp_path / "other" / "broken.png").write_bytes(b"no picture")
+    search.main(SearchConfig(run=str(tmp_path / "run"), text="藍", pictures=str(tmp_path / "other"), device="cpu"))
+    said = capsys.readouterr().out.splitlines()
+    assert "left out" in said[0] and "broken.png" in said[0] and said[2].endswith("blue.png")
+    assert said[1].startswith("2 pictures indexed") and said[1].endswith(", 1 left out")
+    for color in ("blue", "red"):
+        (tmp_path / "other" / f"{color}.png").unlink()
+    with pytest.raises(DataError, match="none of 1 pictures can be read: .*broken.png"):
+        search.main(SearchConfig(run=str(tmp_path / "run"), text="藍", pictures=str(tmp_path / "other"), device="cpu"))
 
 
 @pytest.mark.parametrize("preset", ["tiny", "vit-tiny"])

@@ -242,3 +242,47 @@ def test_refused(changes: dict, words: str) -> None:
 def test_freezing_all_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--freeze .: leaves nothing to learn"):
         train(tmp_path, freeze=".")
+
+
+# ---------------------------------------------------------------------------------- all options, one by one
+
+CHANGE = [      # option, another value, what stands beside it in both runs: the run's numbers become others
+    ("caption_column", "en", {}), ("hold_out", "artist=twitter", {}), ("size", 48, {}), ("preset", "vit-small", {}),
+    ("loss", "siglip", {}), ("steps", 3, {}), ("batch", 6, {}), ("optimizer", "adamw", {}), ("lr", 0.1, {}),
+    ("muon_lr", 0.1, {}), ("warmup", 0, {}), ("ema", 0.9, {}), ("clip", 1e-3, {"optimizer": "adamw", "lr": 0.1}),
+    ("jitter", False, {}), ("hues", 0.3, {}), ("flip", True, {}), ("shuffle_captions", True, {}), ("checks", 1, {}),
+    ("seed", 1, {}), ("precision", "bf16", {}), ("freeze", "^text_model", {}), ("stream", True, {}),
+]  # fmt: skip
+SAME = [("chunk", 3), ("gradient_checkpointing", True), ("workers", 1), ("save_every", 1), ("keep", 1), ("device", "auto"),
+        ("threads", 2)]
+ELSEWHERE = {   # option: the test that holds it
+    "data": "nearly all", "out": "all", "compile": "above", "init": "above", "lock": "test_train_clip.py", "lora": "above",
+    "lora_alpha": "above", "shard": "test_train_parallel.py", "resume": "test_train_clip.py",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option, value, beside", CHANGE, ids=[name for name, _, _ in CHANGE])
+def test_an_option_that_shapes_the_run(tmp_path: Path, monkeypatch, option: str, value, beside: dict) -> None:
+    monkeypatch.setitem(PRESETS, "vit-small", Preset("vit", 64, (1,), 8, 32, 1, 32))
+    train(tmp_path / "a", **beside), train(tmp_path / "b", **{**beside, option: value})
+    a, b = ([(tmp_path / name / file).read_bytes() for file in ("metrics.jsonl", "model/model.safetensors")] for name in "ab")
+    assert a != b
+
+
+@pytest.mark.parametrize("option, value", SAME, ids=[name for name, _ in SAME])
+def test_an_option_that_leaves_what_is_learned(tmp_path: Path, option: str, value) -> None:
+    beside = {"stream": True} if option == "workers" else {}
+    assert train(tmp_path / "b", **{**beside, option: value}) == pytest.approx(train(tmp_path / "a", **beside), rel=1e-3)
+
+
+def test_captions_dealt_out_at_random_stay_the_same_captions(tmp_path: Path) -> None:
+    """The control learns as many names as the run, but of other pictures."""
+    pairs = train_clip.read_pairs(dataclasses.replace(TINY, caption_column="en,zh-Hant"))
+    dealt = pairs.shuffled(0)
+    assert dealt.captions != pairs.captions and sorted(dealt.captions[0]) == sorted(pairs.captions[0])
+    assert set(zip(*dealt.captions, strict=True)) == set(zip(*pairs.captions, strict=True)) and dealt.files == pairs.files
+
+
+def test_no_option_is_without_a_test() -> None:
+    tested = [name for name, *_ in CHANGE + SAME] + list(ELSEWHERE)
+    assert sorted(tested) == sorted(field.name for field in dataclasses.fields(TrainConfig))

@@ -126,3 +126,49 @@ def test_a_batch_that_cannot_be_shared_is_refused() -> None:
     with pytest.raises(UserError, match="--accumulate 3"):
         check_shares(dataclasses.replace(TINY, batch=4, accumulate=3), 1)
     check_shares(dataclasses.replace(TINY, batch=20, accumulate=5), 2)
+
+
+# ---------------------------------------------------------------------------------- all options, one by one
+
+CHANGE = [      # option, another value, what stands beside it in both runs: the run's numbers become others
+    ("caption_column", "character", {}), ("size", 32, {}), ("channels", 3, {}), ("fold", 1, {}), ("preset", "base", {}),
+    ("steps", 3, {}), ("batch", 5, {}), ("optimizer", "adamw", {}), ("lr", 0.01, {}), ("muon_lr", 0.05, {}),
+    ("warmup", 0, {}), ("ema", 0.0, {}), ("clip", 1e-3, {"optimizer": "adamw", "warmup": 0, "lr": 0.1}),
+    ("caption_drop", 0.9, {}), ("jitter", False, {}), ("flip", True, {}), ("seed", 1, {}), ("precision", "bf16", {}),
+    ("freeze", "^text_encoder", {}), ("samples", 1, {}), ("stream", True, {}),
+]  # fmt: skip
+SAME = [("accumulate", 2), ("gradient_checkpointing", True), ("workers", 1), ("save_every", 1), ("keep", 1), ("device", "auto"),
+        ("sample_steps", 3), ("guidance", 3.0)]
+ELSEWHERE = {   # option: the test that holds it
+    "data": "nearly all", "out": "all", "compile": "above", "init": "test_lora.py", "tokenizer": "test_lora.py",
+    "lora": "test_lora.py", "lora_alpha": "test_lora.py", "shard": "test_train_parallel.py",
+    "resume": "test_train_diffusion.py",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option, value, beside", CHANGE, ids=[name for name, _, _ in CHANGE])
+def test_an_option_that_shapes_the_run(tmp_path: Path, monkeypatch, option: str, value, beside: dict) -> None:
+    monkeypatch.setitem(train_diffusion.PRESETS, "base", Preset((8, 8), (True, True), 1, 32, 1))
+    train(tmp_path / "a", **beside), train(tmp_path / "b", **{**beside, option: value})
+    a, b = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in "ab")
+    assert a != b
+
+
+@pytest.mark.parametrize("option, value", SAME, ids=[name for name, _ in SAME])
+def test_an_option_that_leaves_what_is_learned(tmp_path: Path, plain: list[float], option: str, value) -> None:
+    beside = {"stream": True} if option == "workers" else {}
+    wanted = train(tmp_path / "a", **beside) if beside else plain
+    assert train(tmp_path / "b", **{**beside, option: value}) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_what_samples_are_drawn_with_shows_in_them(tmp_path: Path) -> None:
+    pictures = set()
+    for name, changes in (("a", {}), ("b", {"sample_steps": 3}), ("c", {"guidance": 3.0})):
+        train(tmp_path / name, **changes)
+        pictures.add((tmp_path / name / "samples" / "000004.png").read_bytes())
+    assert len(pictures) == 3
+
+
+def test_no_option_is_without_a_test() -> None:
+    tested = [name for name, *_ in CHANGE + SAME] + list(ELSEWHERE)
+    assert sorted(tested) == sorted(field.name for field in dataclasses.fields(TrainConfig))

@@ -99,15 +99,15 @@ def median(work, times: int) -> float:
 
 
 def options(script: str, steps: int = 6) -> None:
-    """Seconds a step and memory of short runs of a script itself at its demo's settings, one process and thread each."""
+    """Seconds a step of short runs of a script itself at its demo's settings, one process and thread each."""
     always, choices = SCRIPTS[script]
     base = 0.0
     for choice in choices:
         rows = speed_of(["-m", script, *choice.split(), *always, "--steps", str(steps)])
         seconds = batch_of(script) / statistics.median(row["pictures_per_second"] for row in rows)
         base = base or seconds
-        print(f"{script:22} {choice or 'as it is':26} {seconds:6.3f} s a step  {seconds / base:5.2f} of the plain one  "
-              f"{rows[-1]['memory_mib']:5} MiB", flush=True)
+        print(f"{script:22} {choice or 'as it is':26} {seconds:6.3f} s a step  {seconds / base:5.2f} of the plain one",
+              flush=True)
 
 
 def processes(script: str, steps: int = 12) -> None:
