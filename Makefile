@@ -3,6 +3,7 @@
 # make test     the tests, offline
 # make parity   the tests against diffusers, transformers and open_clip
 # make bench    speed and memory beside diffusers
+# make faults   training runs killed at random, on two hosts too: is anything lost?
 # make setup    only build .venv (every verb does so when it is missing or out of date)
 #
 # PYTHON=python3.12               another Python

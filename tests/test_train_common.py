@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import math
 import os
 import pickle
+import re
 import signal
 from pathlib import Path
 
@@ -45,6 +48,19 @@ def same(a: RunState, b: RunState) -> bool:
                 *(t for s in v["optimizers"][0]["state"].values() for t in s.values())] for v in (x, y)]
     plain = [{k: v[k] for k in ("config", "data", "step", "best", "scaler")} for v in (x, y)]
     return plain[0] == plain[1] and all(torch.equal(p, q) for p, q in zip(*tensors, strict=True))
+
+
+@pytest.mark.parametrize("script", ["train_diffusion", "train_clip"])
+def test_help_goes_by_sections_and_names_every_flag_once(script: str, capsys) -> None:
+    config = importlib.import_module(f"train.{script}").TrainConfig
+    with pytest.raises(SystemExit) as end:
+        common.parse_flags(config, "What it does.", ["--help"])
+    page = capsys.readouterr().out
+    assert end.value.code == 0 and page.startswith("usage: ") and page.index("\n") < 60
+    sections = [line for line in page.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert sections[:3] == ["options:", "data and run folder:", "model and training:"] and sections[-1] == "checkpoints:"
+    for field in dataclasses.fields(config):
+        assert len(re.findall(rf"^  --{field.name.replace('_', '-')}[ ,]", page, re.M)) == 1
 
 
 # ------------------------------------------------------------------------------------------ checkpoints

@@ -40,7 +40,7 @@ class UserError(Exception):
 
 
 def flag(default: Any, help: str, **more: Any) -> Any:
-    """A field of a script's config that is also a command-line flag."""
+    """A field of a script's config that is also a command-line flag. `section` begins a part of --help."""
     return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
@@ -53,16 +53,20 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def parse_flags(config_class: type, description: str, argv: list[str] | None = None) -> Any:
     """A dataclass's fields as flags: `jitter: bool = True` gives --jitter and --no-jitter."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=Help)
-    hints = typing.get_type_hints(config_class)
+    spec = sys.modules["__main__"].__spec__                 # of python -m; there is none for a script run by its path
+    parser = argparse.ArgumentParser(prog=f"python -m {spec.name}" if spec else None, usage="%(prog)s [options]",
+                                     description=description, formatter_class=Help)
+    section, hints = parser, typing.get_type_hints(config_class)
     for f in dataclasses.fields(config_class):
+        if "section" in f.metadata:
+            section = parser.add_argument_group(f.metadata["section"])
         name, kind = "--" + f.name.replace("_", "-"), hints[f.name]
         options = {"help": f.metadata["help"], "default": f.default}
         if kind is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, **options)
+            section.add_argument(name, action=argparse.BooleanOptionalAction, **options)
         else:
             kind = next((t for t in typing.get_args(kind) if t is not type(None)), kind)    # int | None: int
-            parser.add_argument(name, type=kind, choices=f.metadata.get("choices"), **options)
+            section.add_argument(name, type=kind, choices=f.metadata.get("choices"), **options)
     return config_class(**vars(parser.parse_args(argv)))
 
 

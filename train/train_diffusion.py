@@ -69,13 +69,14 @@ from train.writer import PRESETS, PictureFormat, Writer, build_writer
 
 @dataclass(frozen=True)
 class TrainConfig:
-    data: str = flag("data/calligraphy", "folder of pictures: captions.csv, or one folder for each class")
+    data: str = flag("data/calligraphy", "folder of pictures: captions.csv, or one folder for each class",
+                     section="data and run folder")
     out: str = flag("out/calligraphy", "run folder to write")
     caption_column: str = flag("caption", "column of captions.csv that holds the captions")
     size: int = flag(64, "pictures are S x S")
     channels: int = flag(1, "1 for grey, 3 for colour", choices=(1, 3))
     fold: int = flag(2, "fold each f x f square of pixels into channels")
-    preset: str = flag("small", "size of the model", choices=tuple(PRESETS))
+    preset: str = flag("small", "size of the model", choices=tuple(PRESETS), section="model and training")
     steps: int = flag(400, "optimizer steps")
     batch: int = flag(20, "pictures a step")
     optimizer: str = flag("muon", "muon (learns faster on few pictures) or adamw", choices=("muon", "adamw"))
@@ -87,25 +88,28 @@ class TrainConfig:
     caption_drop: float = flag(0.1, "share of pictures trained without caption, for guidance")
     jitter: bool = flag(True, "small random rotations, shifts, scalings")
     flip: bool = flag(False, "mirror half of the pictures; never for writing")
-    samples: int = flag(3, "how many times on the way to write a grid of samples and validate")
+    samples: int = flag(3, "how many times on the way to write a grid of samples and validate", section="samples on the way")
     sample_steps: int = flag(12, "denoising steps for those samples")
     guidance: float = flag(1.5, "guidance for those samples")
-    seed: int = flag(0, "one seed, one result (on one machine, on the CPU)")
+    seed: int = flag(0, "one seed, one result (on one machine, on the CPU)", section="machine, memory and speed")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: str = flag("auto", "of the forward pass; auto: bf16 on a GPU that has it, else float32",
                           choices=PRECISIONS)
     accumulate: int = flag(1, "go through a batch in so many parts, to save memory")
     gradient_checkpointing: bool = flag(False, "compute activations twice instead of keeping them, to save memory")
     compile: bool = flag(False, "torch.compile the UNet: slow to start, then faster, most of all on a GPU")
-    init: str = flag("", "start from this: a run's model folder, an SD 1, SD 2 or SDXL folder, or one file of its weights")
+    init: str = flag("", "start from this: a run's model folder, an SD 1, SD 2, SDXL or inpainting folder, or one file of its "
+                     "weights",
+                     section="starting from what others trained")
     tokenizer: str = flag("", "tokenizer of an --init that is a single file")
     lora: int = flag(0, "rank of LoRA on the UNet's attention: --init stays as it is, a small file learns; 0 for none")
     lora_alpha: float = flag(0.0, "LoRA adds alpha / rank times what it learned; 0 takes the rank")
     freeze: str = flag("", "leave alone what has this regular expression in its name, such as ^text_encoder")
-    shard: bool = flag(False, "FSDP2: torchrun's processes share out the weights too, for models that do not fit on one")
+    shard: bool = flag(False, "FSDP2: torchrun's processes share out the weights too, for models that do not fit on one",
+                       section="more processes, more data")
     stream: bool = flag(False, "read pictures as they are needed: for more than memory holds; skips broken files")
     workers: int = flag(0, "processes that read ahead for --stream; 0 reads in the training process")
-    save_every: int = flag(100, "steps between checkpoints, beside those at each evaluation")
+    save_every: int = flag(100, "steps between checkpoints, beside those at each evaluation", section="checkpoints")
     keep: int = flag(2, "how many checkpoints to keep, beside the best")
     resume: bool = flag(False, "go on from the run folder's newest good checkpoint")
 
