@@ -17,6 +17,7 @@ from data.folder import PictureFolder
 from train import train_clip
 from train.common import EMA, Checkpoints, Metrics, RunState, Speed, autocast, evaluation_steps, fingerprint
 from train.optim import build_optimizers
+from train.parallel import clip_gradients
 from train.train_diffusion import TrainConfig, diffusion_loss, draw, initial_writer
 
 COMMON = ["--precision bf16", "--precision fp16", "--gradient-checkpointing", "--stream", "--compile"]
@@ -33,9 +34,12 @@ def overhead(steps: int = 8) -> float:
     optimizers, ema = build_optimizers(writer, cfg.optimizer, cfg.lr, cfg.muon_lr), EMA(writer.parameters(), cfg.ema)
     pictures, scaler = folder.pictures(), torch.amp.GradScaler("cpu", enabled=False)
 
-    def step() -> None:
+    def step_backward() -> None:
         chosen, _, _, t, noise = draw(len(pictures), writer, cfg, dice)
         diffusion_loss(writer, writer.fold(pictures[chosen]), [folder.captions[i] for i in chosen], t, noise).backward()
+
+    def step() -> None:
+        step_backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -54,11 +58,14 @@ def overhead(steps: int = 8) -> float:
                 speed.add(i)
 
         a_row = median(rows, 3) / 400
+        step_backward()
+        a_clip = median(lambda: clip_gradients(writer.parameters(), cfg.clip), 20)
     evaluated = evaluation_steps(cfg.steps, cfg.samples)
     others = len(set(range(cfg.save_every, cfg.steps, cfg.save_every)) - evaluated)
     share = (len(evaluated) * a_best + others * a_save + cfg.steps * a_row) / (cfg.steps * a_step)
-    print(f"demo step {a_step:.3f} s, checkpoint {a_save:.3f} s, with the best {a_best:.3f} s, metrics {1e6 * a_row:.0f} us a "
-          f"step; {len(evaluated)} + {others} checkpoints in {cfg.steps} steps: overhead {share:.2%}", flush=True)
+    print(f"demo step {a_step:.3f} s, clipping {1e3 * a_clip:.1f} ms, checkpoint {a_save:.3f} s, with the best {a_best:.3f} s, "
+          f"metrics {1e6 * a_row:.0f} us a step; {len(evaluated)} + {others} checkpoints in {cfg.steps} steps: overhead "
+          f"{share:.2%}", flush=True)
     return share
 
 
