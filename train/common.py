@@ -172,17 +172,20 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(value: Any) -> Any:
-    """A nested state with every shared out tensor put together again; all processes have to call it."""
+    """A nested state with every shared out tensor put together again, on the CPU: a GPU may not hold them all.
+
+    All processes have to call it.
+    """
     if isinstance(value, dict):
         return {k: whole(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(map(whole, value))
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
 
 
-def shared_like(value: Tensor, like: Tensor) -> Tensor:
-    """The opposite of `whole`, for a tensor of the shape of `like`."""
-    if not hasattr(like, "device_mesh") or value.shape != like.shape:
+def shared_like(value: Any, like: Tensor) -> Any:
+    """The opposite of `whole`, for a tensor of the shape of `like`; anything else as it is."""
+    if not hasattr(like, "device_mesh") or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 
@@ -323,9 +326,9 @@ class RunState:
         for mine, saved in zip(self.ema.mean, state["ema"], strict=True):
             mine.copy_(shared_like(saved, mine))
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-            for p, values in optimizer.state.items():
-                values.update({k: shared_like(v, p) for k, v in values.items() if isinstance(v, Tensor)})
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            shares = {i: {k: shared_like(v, parameters[i]) for k, v in values.items()} for i, values in saved["state"].items()}
+            optimizer.load_state_dict({**saved, "state": shares})
         self.scaler.load_state_dict(state.get("scaler", {})) if self.scaler.is_enabled() else None
         self.dice.set_state(state["dice"])
         torch.set_rng_state(state["rng"])

@@ -139,10 +139,12 @@ def main(cfg: TrainConfig) -> None:
 
     # ---- model
     torch.manual_seed(cfg.seed)
-    matcher = initial_matcher(cfg, [c for column in train.captions for c in column]).to(device)
+    matcher = initial_matcher(cfg, [c for column in train.captions for c in column])
     check_shares(cfg, group, matcher)
-    if not cfg.shard:                                       # FSDP takes weights in their plain order only
-        matcher.to(memory_format=torch.channels_last)       # convolutions run faster so, on CPUs and GPUs
+    if cfg.shard:                                           # FSDP takes the towers block by block: they may not fit in one
+        matcher.model.logit_scale.data = matcher.model.logit_scale.data.to(device)
+    else:
+        matcher.to(device, memory_format=torch.channels_last)       # convolutions run faster so, on CPUs and GPUs
     recompute(matcher, cfg.gradient_checkpointing)
     if cfg.compile:
         compile_towers(matcher)
@@ -158,7 +160,7 @@ def main(cfg: TrainConfig) -> None:
 
     # ---- optimizer and averages
     trained = nn.ModuleDict({"matcher": matcher, "bias": nn.ParameterList([logit_bias])})
-    twin = copy.deepcopy(matcher).cpu() if cfg.shard else matcher       # the one that is saved
+    twin = copy.deepcopy(matcher).cpu() if cfg.shard and group.main else matcher        # the one that is saved
     loss_of = distribute(trained, cfg, group)
     alone = [p for p in trained.parameters() if not is_shared(p)] if cfg.shard or cfg.chunk else []
     optimizers = build_optimizers(trained, cfg.optimizer, cfg.lr, cfg.muon_lr)
@@ -528,9 +530,9 @@ def examine(matcher: Matcher, twin: Matcher, shown: tuple[Pairs, Pairs], cfg: Tr
         save_adapter(matcher.model, out / "lora", cfg.lora)
     with merged(matcher.model):                             # LoRA, if any
         scores = evaluate(matcher, *shown, out if group.main else None, step)
-        if cfg.shard:
-            twin.load_state_dict(whole(matcher.state_dict()))
+        weights = whole(matcher.state_dict()) if cfg.shard else None
         if group.main:
+            twin.load_state_dict(weights) if cfg.shard else None
             twin.save(out / "model")
     return scores
 

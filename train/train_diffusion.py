@@ -137,16 +137,19 @@ def main(cfg: TrainConfig) -> None:
 
     # ---- model
     torch.manual_seed(cfg.seed)
-    writer = initial_writer(cfg, captions).to(device)
-    if not cfg.shard:                                       # FSDP takes weights in their plain order only
-        writer.unet.to(memory_format=torch.channels_last)   # convolutions run faster so, on CPUs and GPUs
+    writer = initial_writer(cfg, captions)
+    for part in writer.children():
+        if part is not writer.unet:
+            part.to(device)
+    if not cfg.shard:                                       # else FSDP takes it, block by block: it may not fit in one piece
+        writer.unet.to(device, memory_format=torch.channels_last)       # convolutions run faster so, on CPUs and GPUs
     writer.unet.enable_gradient_checkpointing(cfg.gradient_checkpointing)
     if cfg.compile:
         writer.unet.compile()
     frozen_codes = isinstance(writer, LatentWriter)         # its pictures are encoded once for all
     if frozen_codes:
-        pictures = writer.latents(pictures, out / "cache", f"{cfg.size}-{seen['checksum']:08x}")    # [N, L, S/f, S/f]
-    twin = copy.deepcopy(writer).cpu() if cfg.shard else writer     # the one that is saved
+        pictures = writer.latents(pictures, out / "cache", f"{cfg.size}-{seen['checksum']:08x}").to(device)     # [N, L, h, w]
+    twin = copy.deepcopy(writer).cpu() if cfg.shard and group.main else writer      # the one that is saved
     loss_of = distribute(writer, cfg, group)
     parameters = sum(p.numel() for p in writer.parameters() if p.requires_grad)
     group.say(f"{len(captions)} pictures, {len(writer.captions)} captions; {parameters:,} parameters; "
@@ -374,9 +377,9 @@ def examine(writer: Writer, twin: Writer, pictures: Tensor, captions: list[str],
         save_lora(writer.unet, out / "lora" / LORA_FILE)
     with merged(writer.unet):                               # LoRA, if any
         scores, grid = evaluate(writer, pictures, captions, cfg)
-        if cfg.shard:
-            twin.load_state_dict(whole(writer.state_dict()))
+        weights = whole(writer.state_dict()) if cfg.shard else None
         if group.main:
+            twin.load_state_dict(weights) if cfg.shard else None
             save_grid(grid, out / "samples" / f"{step:06d}.png", columns=grid_columns(len(grid)))
             twin.save(out / "model")
     return scores
