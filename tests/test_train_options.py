@@ -21,8 +21,13 @@ TINY = TrainConfig(data=str(ROOT / "data" / "calligraphy"), size=16, preset="tin
 
 
 @pytest.fixture(autouse=True)
-def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_quick(monkeypatch)
+
+
+def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(train_diffusion.PRESETS, "tiny", Preset((8, 16), (False, True), 1, 32, 1))
+    monkeypatch.setattr(train_diffusion, "VALIDATION_TIMESTEPS", (499,))
 
 
 def train(out: Path, **changes) -> list[float]:
@@ -40,7 +45,7 @@ def losses(out: Path) -> list[float]:
 def plain_run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("plain")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(train_diffusion.PRESETS, "tiny", Preset((8, 16), (False, True), 1, 32, 1))
+        make_quick(patch)
         train(folder)
     return folder
 

@@ -59,6 +59,7 @@ def float64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PictureFolder, "pictures", lambda self: pictures(self).double())
     monkeypatch.setitem(train_diffusion.PRESETS, "tiny", Preset((8, 16), (False, True), 1, 32, 1))
     monkeypatch.setitem(train_clip.PRESETS, "vit-tiny", CLIP_PRESET)
+    monkeypatch.setattr(train_diffusion, "VALIDATION_TIMESTEPS", (99, 899))
     for script in (train_diffusion, train_clip):
         monkeypatch.setattr(script, "clip_gradients", clip_and_keep)
     torch.set_default_dtype(torch.float64)
