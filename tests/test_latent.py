@@ -20,7 +20,7 @@ from minidiff import convert
 from minidiff.pipeline import StableDiffusionPipeline
 from minidiff.vae import DiagonalGaussianDistribution
 from tests.test_lora import LATENT
-from tests.test_minidiff_pipeline import TOKENIZER, draw, make
+from tests.test_minidiff_pipeline import TOKENIZER, draw, make, single_file
 from tests.test_train_parallel import needs_fork, rows, together
 from train import latent, train_diffusion
 from train.common import save_picture
@@ -166,6 +166,13 @@ def test_two_processes_equal_one(tmp_path: Path, models: Path, data: Path, monke
             assert len(list((one / "model").rglob("*"))) == len(list((two / "model").rglob("*")))
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_a_single_file_of_a_model_for_inpainting(tmp_path: Path, data: Path) -> None:
+    single_file(make(in_channels=9), tmp_path / "model.safetensors")
+    TOKENIZER.save_pretrained(tmp_path / "tokenizer")
+    run = train(tmp_path / "model.safetensors", data, tmp_path / "run", tokenizer=str(tmp_path / "tokenizer"))
+    assert StableDiffusionPipeline.from_pretrained(run / "model").unet.config.in_channels == 9
 
 
 def test_a_single_file_of_sdxl(tmp_path: Path, data: Path) -> None:
