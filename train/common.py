@@ -30,6 +30,7 @@ from torchvision.utils import make_grid
 from data.folder import DataError
 from miniclip.config import ConfigError
 from miniclip.weights import WeightsError, atomic_write, read_pickle, write_json
+from train.report import series
 
 if TYPE_CHECKING:
     from train.parallel import Group  # which is read after this file
@@ -420,7 +421,7 @@ class Metrics:
         return json.dumps(row, ensure_ascii=False) + "\n"
 
     def series(self, name: str) -> list[tuple[int, float]]:
-        return [(row["step"], row[name]) for row in self.rows if name in row]
+        return series(self.rows, name)
 
 
 class Speed:

@@ -108,6 +108,21 @@ def replicate(loss: Loss, group: Group, unused: bool = False) -> nn.Module:
     return loss if group.size == 1 else DistributedDataParallel(loss, find_unused_parameters=unused)
 
 
+def check_shard(cfg: Any, processes: int | None = None) -> None:
+    """Refuses what --shard of either script cannot go with; the number of processes is known later than the flags."""
+    if cfg.shard and (cfg.optimizer == "muon" or cfg.lora or cfg.compile or cfg.precision == "fp16"):
+        raise UserError("--shard: not with --lora, --compile or fp16, and with --optimizer adamw, as Muon needs whole matrices")
+    if cfg.shard and processes == 1:
+        raise UserError("--shard: there is one process only; start several with torchrun")
+
+
+def gather_into(twin: nn.Module, model: nn.Module, group: Group) -> None:
+    """The weights that --shard has shared out, put together in the first process's twin of the model."""
+    weights = whole(model.state_dict())
+    if group.main:
+        twin.load_state_dict(weights)
+
+
 def shard(parts: list[nn.Module], group: Group) -> None:
     """FSDP2: each process keeps 1/n of every weight, gradient and optimizer state; blocks meet only while they compute.
 

@@ -56,7 +56,6 @@ from train.common import (
     run,
     save_picture,
     stop_unless_finite,
-    whole,
 )
 from train.lora import CLIP_PROJECTIONS, add_lora, check_lora, merged, save_adapter
 from train.matcher import PRESETS, Matcher, build_matcher
@@ -65,7 +64,9 @@ from train.parallel import (
     Group,
     Loss,
     average_gradients,
+    check_shard,
     clip_gradients,
+    gather_into,
     is_shared,
     join,
     replicate,
@@ -271,8 +272,7 @@ def check(cfg: TrainConfig) -> None:
         raise UserError(f"--hues {cfg.hues}: from 0 to 1")
     if not 0 <= cfg.ema < 1:
         raise UserError(f"--ema {cfg.ema}: from 0 up to, not including, 1")
-    if cfg.shard and (cfg.optimizer == "muon" or cfg.lora or cfg.compile or cfg.precision == "fp16"):
-        raise UserError("--shard: not with --lora, --compile or fp16, and with --optimizer adamw, as Muon needs whole matrices")
+    check_shard(cfg)
     check_pattern(cfg.freeze)
     check_workers(cfg.workers, cfg.stream)
     check_lora(cfg.lora, cfg.lora_alpha, cfg.init)
@@ -281,8 +281,7 @@ def check(cfg: TrainConfig) -> None:
 def check_shares(cfg: TrainConfig, group: Group, matcher: Matcher) -> None:
     if cfg.batch % group.size:
         raise UserError(f"--batch {cfg.batch}: cannot be shared evenly among {group.size} processes")
-    if cfg.shard and group.size == 1:
-        raise UserError("--shard: there is one process only; start several with torchrun")
+    check_shard(cfg, group.size)
     if cfg.shard and any(isinstance(m, nn.BatchNorm2d) for m in matcher.modules()):
         raise UserError("--shard: shares out transformers, this model has a ResNet; take a vit preset")
 
@@ -530,9 +529,9 @@ def examine(matcher: Matcher, twin: Matcher, shown: tuple[Pairs, Pairs], cfg: Tr
         save_adapter(matcher.model, out / "lora", cfg.lora)
     with merged(matcher.model):                             # LoRA, if any
         scores = evaluate(matcher, *shown, out if group.main else None, step)
-        weights = whole(matcher.state_dict()) if cfg.shard else None
+        if cfg.shard:
+            gather_into(twin, matcher, group)
         if group.main:
-            twin.load_state_dict(weights) if cfg.shard else None
             twin.save(out / "model")
     return scores
 

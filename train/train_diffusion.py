@@ -56,13 +56,22 @@ from train.common import (
     run,
     save_grid,
     stop_unless_finite,
-    whole,
 )
 from train.latent import LatentWriter, load_pipeline
 from train.lora import FILE as LORA_FILE
 from train.lora import add_lora, check_lora, merged, save_lora
 from train.optim import build_optimizers, set_learning_rate
-from train.parallel import Group, Loss, clip_gradients, join, replicate, shard, synchronized
+from train.parallel import (
+    Group,
+    Loss,
+    check_shard,
+    clip_gradients,
+    gather_into,
+    join,
+    replicate,
+    shard,
+    synchronized,
+)
 from train.stream import Skipped, check_workers, first_pictures, from_step
 from train.writer import PRESETS, PictureFormat, Writer, build_writer
 
@@ -249,8 +258,7 @@ def check(cfg: TrainConfig) -> None:
     for name in ("caption_drop", "ema"):
         if not 0 <= getattr(cfg, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: between 0 and 1")
-    if cfg.shard and (cfg.optimizer == "muon" or cfg.lora or cfg.compile or cfg.precision == "fp16"):
-        raise UserError("--shard: not with --lora, --compile or fp16, and with --optimizer adamw, as Muon needs whole matrices")
+    check_shard(cfg)
     check_workers(cfg.workers, cfg.stream)
     check_lora(cfg.lora, cfg.lora_alpha, cfg.init)
     if cfg.tokenizer and (not cfg.init or Path(cfg.init).is_dir()):
@@ -279,8 +287,7 @@ def check_shares(cfg: TrainConfig, processes: int) -> None:
     if cfg.batch % (processes * cfg.accumulate):
         raise UserError(f"--batch {cfg.batch}: cannot be shared evenly among {processes} "
                         f"{'process' if processes == 1 else 'processes'} times --accumulate {cfg.accumulate}")
-    if cfg.shard and processes == 1:
-        raise UserError("--shard: there is one process only; start several with torchrun")
+    check_shard(cfg, processes)
 
 
 def initial_writer(cfg: TrainConfig, captions: list[str]) -> Writer:
@@ -377,9 +384,9 @@ def examine(writer: Writer, twin: Writer, pictures: Tensor, captions: list[str],
         save_lora(writer.unet, out / "lora" / LORA_FILE)
     with merged(writer.unet):                               # LoRA, if any
         scores, grid = evaluate(writer, pictures, captions, cfg)
-        weights = whole(writer.state_dict()) if cfg.shard else None
+        if cfg.shard:
+            gather_into(twin, writer, group)
         if group.main:
-            twin.load_state_dict(weights) if cfg.shard else None
             save_grid(grid, out / "samples" / f"{step:06d}.png", columns=grid_columns(len(grid)))
             twin.save(out / "model")
     return scores
