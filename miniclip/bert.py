@@ -22,7 +22,7 @@ from miniclip.config import (
     CLIPVisionConfig,
     Config,
     ConfigError,
-    _read_tower,
+    read_tower,
 )
 from miniclip.model import (
     BaseModelOutputWithPooling,
@@ -129,7 +129,7 @@ class ChineseCLIPConfig(CLIPConfig):
         values = dict(values)
         for name, kind in (("text_config", BertConfig), ("vision_config", CLIPVisionConfig)):
             legacy = values.pop(f"{name}_dict", None)
-            values[name] = _read_tower(kind, _without_type(values.get(name)), legacy, f"{source}: {name}")
+            values[name] = read_tower(kind, _without_type(values.get(name)), legacy, f"{source}: {name}")
         return super(CLIPConfig, cls).from_dict(values, source)
 
 

@@ -235,11 +235,11 @@ class CLIPConfig(Config):
     def from_dict(cls, values: dict[str, Any], source: str = "config") -> CLIPConfig:
         values = dict(values)
         for name, kind in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
-            values[name] = _read_tower(kind, values.get(name), values.pop(f"{name}_dict", None), f"{source}: {name}")
+            values[name] = read_tower(kind, values.get(name), values.pop(f"{name}_dict", None), f"{source}: {name}")
         return super().from_dict(values, source)
 
 
-def _read_tower(kind: type, values: Any, legacy: Any, source: str) -> Config:
+def read_tower(kind: type, values: Any, legacy: Any, source: str) -> Config:
     """One tower of a CLIP config. The legacy `*_config_dict` wins, its defaults included, as upstream has it."""
     for given in (values, legacy):
         if not isinstance(given, (dict, kind, type(None))):
@@ -282,5 +282,5 @@ class CLIPResNetConfig(Config):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "config") -> CLIPResNetConfig:
-        text = _read_tower(CLIPTextConfig, values.get("text_config"), None, f"{source}: text_config")
+        text = read_tower(CLIPTextConfig, values.get("text_config"), None, f"{source}: text_config")
         return super().from_dict({**values, "text_config": text}, source)

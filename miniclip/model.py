@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,43 +20,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from miniclip.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, ConfigError
+from miniclip.output import ModelOutput
 from miniclip.weights import ModelFolder
 
 # ------------------------------------------------------------------------------------------------ outputs
-
-
-@dataclass
-class ModelOutput:
-    """Read a field as `out.name`, `out["name"]` or `out[0]`; fields that are None do not count as present."""
-
-    def keys(self) -> list[str]:
-        return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
-
-    def values(self) -> list[Any]:
-        return [getattr(self, name) for name in self.keys()]
-
-    def items(self) -> list[tuple[str, Any]]:
-        return [(name, getattr(self, name)) for name in self.keys()]
-
-    def to_tuple(self) -> tuple:
-        """The present fields in order, nested outputs as tuples: what `return_dict=False` returns."""
-        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
-
-    def __getitem__(self, key: int | slice | str) -> Any:
-        if not isinstance(key, str):
-            return tuple(self.values())[key]
-        if key not in self.keys():
-            raise KeyError(key)
-        return getattr(self, key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.keys()
-
-    def __len__(self) -> int:
-        return len(self.keys())
 
 
 @dataclass
@@ -127,7 +93,7 @@ class Features(Tensor):
         return getattr(self, key) if isinstance(key, str) else self.as_subclass(Tensor)[key]
 
 
-def _features(projected: Tensor, out: BaseModelOutputWithPooling, return_dict: bool) -> Features | tuple:
+def features_of(projected: Tensor, out: BaseModelOutputWithPooling, return_dict: bool) -> Features | tuple:
     if not return_dict:
         return dataclasses.replace(out, pooler_output=projected).to_tuple()
     features = projected.as_subclass(Features)
@@ -624,7 +590,7 @@ class CLIPModel(CLIPPreTrainedModel):
         Serves transformers 4's idiom (the result is a tensor) and 5's (`.pooler_output`); see Features.
         """
         out = self.text_model(*args, **kwargs)
-        return _features(self.text_projection(out.pooler_output), out, return_dict is not False)
+        return features_of(self.text_projection(out.pooler_output), out, return_dict is not False)
 
     def get_image_features(self, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Features | tuple:
         """Projected picture vectors [B, E], not normalised. Arguments of CLIPVisionTransformer.forward.
@@ -632,7 +598,7 @@ class CLIPModel(CLIPPreTrainedModel):
         Serves transformers 4's idiom (the result is a tensor) and 5's (`.pooler_output`); see Features.
         """
         out = self.vision_model(*args, **kwargs)
-        return _features(self.visual_projection(out.pooler_output), out, return_dict is not False)
+        return features_of(self.visual_projection(out.pooler_output), out, return_dict is not False)
 
     def forward(
         self,

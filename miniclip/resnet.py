@@ -21,7 +21,7 @@ from miniclip.model import (
     CLIPPreTrainedModel,
     CLIPTextTransformer,
     Features,
-    _features,
+    features_of,
     attention_fused,
     clip_loss,
     normalize,
@@ -199,12 +199,12 @@ class CLIPResNetModel(CLIPPreTrainedModel):
     def get_text_features(self, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Features | tuple:
         """[B, E], not normalised; see CLIPModel.get_text_features."""
         out = self.text_model(*args, **kwargs)
-        return _features(self.text_projection(out.pooler_output), out, return_dict is not False)
+        return features_of(self.text_projection(out.pooler_output), out, return_dict is not False)
 
     def get_image_features(self, pixel_values: Tensor, return_dict: bool | None = None) -> Features | tuple:
         """[B, E], not normalised; last_hidden_state is the feature map [B, 32 w, n/32, n/32]."""
         out = self._vision(pixel_values)
-        return _features(out.pooler_output, out, return_dict is not False)
+        return features_of(out.pooler_output, out, return_dict is not False)
 
     def _vision(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
         features = self.visual.feature_map(pixel_values)

@@ -396,7 +396,7 @@ class CLIPTokenizer(Tokenizer):
     @classmethod
     def from_bpe_file(cls, path: str | os.PathLike, **options: Any) -> CLIPTokenizer:
         """Reads OpenAI's bpe_simple_vocab_16e6.txt.gz, or the same unpacked. options: those of the constructor."""
-        lines = _read_text(path).split("\n")[1 : 1 + OPENAI_MERGES]
+        lines = read_text(path).split("\n")[1 : 1 + OPENAI_MERGES]
         merges = _pairs(lines, os.fspath(path))
         return cls(build_vocab(merges), merges, **options)
 
@@ -414,7 +414,7 @@ class CLIPTokenizer(Tokenizer):
         options = {**_options(folder), **options}
         if os.path.exists(at("vocab.json")) and os.path.exists(at("merges.txt")):
             vocab = read_json(at("vocab.json"))
-            merges = _pairs(_read_text(at("merges.txt")).split("\n"), at("merges.txt"))
+            merges = _pairs(read_text(at("merges.txt")).split("\n"), at("merges.txt"))
             added = read_json(at("added_tokens.json")) if os.path.exists(at("added_tokens.json")) else {}
             added = {**added, **options.pop("added_ids", {})}
         elif os.path.exists(at("tokenizer.json")):
@@ -489,7 +489,7 @@ class CLIPTokenizer(Tokenizer):
 # -------------------------------------------------------------------------------------------------- files
 
 
-def _read_text(path: str | os.PathLike) -> str:
+def read_text(path: str | os.PathLike) -> str:
     """A text file, packed by gzip or not, of at most 64 MiB when unpacked."""
     path = os.fspath(path)
     try:

@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from miniclip.tokenizer import SPACE, Tokenizer, TokenizerError, _read_text
+from miniclip.tokenizer import SPACE, Tokenizer, TokenizerError, read_text
 from miniclip.weights import atomic_write, read_json, write_json
 
 HAN = re.compile(  # what BERT takes for Chinese, each character a word of its own; kana and hangul are not
@@ -122,7 +122,7 @@ class BertTokenizer(Tokenizer):
         if isinstance(length, int) and 2 <= length < 1e9:
             options.setdefault("model_max_length", length)
         if os.path.exists(at("vocab.txt")):
-            lines = _read_text(at("vocab.txt")).rstrip("\n").split("\n")
+            lines = read_text(at("vocab.txt")).rstrip("\n").split("\n")
             return cls({line.rstrip("\r"): i for i, line in enumerate(lines)}, **options)
         if not os.path.exists(at("tokenizer.json")):
             raise TokenizerError(f"{os.fspath(folder)}: no tokenizer found (looked for vocab.txt, tokenizer.json)")

@@ -1,8 +1,8 @@
 from minidiff.config import UNet2DConditionConfig
-from minidiff.ddpm import DDPMScheduler
 from minidiff.pipeline import StableDiffusionPipeline
 from minidiff.samplers import (
     DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,

@@ -1,6 +1,6 @@
 """The UNet's config: diffusers' field names, defaults and JSON. Schedulers and the VAE keep theirs beside their maths.
 
-Read first of minidiff; then ddpm.py or embeddings.py. Mirrors: diffusers' UNet2DConditionModel.__init__.
+Read first of minidiff; then schedule.py or embeddings.py. Mirrors: diffusers' UNet2DConditionModel.__init__.
 """
 
 from __future__ import annotations

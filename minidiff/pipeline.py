@@ -20,19 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miniclip.model import CLIPTextModel, CLIPTextModelWithProjection, ModelOutput
+from miniclip.model import CLIPTextModel, CLIPTextModelWithProjection
+from miniclip.output import ModelOutput
 from miniclip.tokenizer import CLIPTokenizer
 from miniclip.weights import WeightsError, read_json, write_json
 from minidiff import samplers
 from minidiff.convert import load_single_file, scheduler_config
-from minidiff.ddpm import DDPMScheduler
 from minidiff.schedule import Generators, Scheduler, randn
 from minidiff.unet import UNet2DConditionModel
 from minidiff.vae import AutoencoderKL
 
 SCHEDULERS: dict[str, type[Scheduler]] = {
-    "DDPMScheduler": DDPMScheduler,
-    **{name: getattr(samplers, name) for name in samplers.__all__ if name.endswith("Scheduler")},
+    name: getattr(samplers, name) for name in samplers.__all__ if name.endswith("Scheduler")
 }
 # The parts of a folder, and the classes that each may be; a part that is not here is left aside
 PARTS: dict[str, dict[str, Any]] = {

@@ -1,6 +1,6 @@
 """What all samplers share: the noise schedule, the spacings of timesteps, noising, reading and writing their config.
 
-Read after config.py, before ddpm.py. Papers: Ho 2020 (DDPM), Nichol 2021 (the cosine schedule), Lin 2023
+Read after config.py, before samplers/ddpm.py. Papers: Ho 2020 (DDPM), Nichol 2021 (the cosine schedule), Lin 2023
 (spacings; zero terminal SNR, Algorithm 1), Salimans 2022 (v), Saharia 2022 (dynamic thresholding).
 Mirrors: diffusers' scheduling_utils.py and the parts that its scheduler files repeat.
 Symbols: beta_t; alpha_t = 1 - beta_t; alpha_bar_t, their product up to t; x_t = sqrt(alpha_bar_t) x0 +
@@ -156,6 +156,54 @@ def threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
     return (flat.clamp(-s, s) / s).reshape(x0.shape).to(x0.dtype)
 
 
+# ---- eps, x0 and v: with x_t = alpha x0 + sigma eps and x_t known, each of them gives the others -----------------------
+# The one place where a model's prediction is converted; samplers and training call it. `kind` is a config's
+# prediction_type; alpha and sigma are numbers or tensors that multiply x_t: sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t).
+
+
+def to_x0(kind: str, output: Tensor, x_t: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+    """The clean image that a prediction stands for."""
+    if kind == "epsilon":
+        return (x_t - sigma * output) / alpha               # Ho 2020, eq. 4 solved for x0
+    if kind == "v_prediction":
+        return alpha * x_t - sigma * output                 # Salimans 2022, appendix D
+    if kind == "flow_prediction":                           # alpha = 1 - sigma, and the model gives eps - x0
+        return x_t - sigma * output
+    return output                                           # "sample"
+
+
+def to_eps(kind: str, output: Tensor, x_t: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+    """The noise that a prediction stands for."""
+    if kind == "sample":
+        return (x_t - alpha * output) / sigma
+    if kind == "v_prediction":
+        return alpha * output + sigma * x_t
+    if kind == "flow_prediction":
+        return x_t + alpha * output
+    return output                                           # "epsilon"
+
+
+def training_target(kind: str, x0: Tensor, eps: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+    """What a model of this kind is trained to predict."""
+    if kind == "v_prediction":
+        return alpha * eps - sigma * x0                     # Salimans 2022, section 4
+    if kind == "flow_prediction":
+        return eps - x0
+    return x0 if kind == "sample" else eps
+
+
+def to_x0_unscaled(kind: str, output: Tensor, x: Tensor, sigma: Tensor, sigma_hat: Tensor) -> Tensor:
+    """`to_x0` for x = x0 + sigma eps, the form of Karras 2022, in upstream's order of operations.
+
+    sigma_hat: the level after Euler's churn, which upstream uses for eps alone.
+    """
+    if kind == "epsilon":
+        return x - sigma_hat * output
+    if kind == "v_prediction":                              # here alpha = 1 / sqrt(sigma^2 + 1)
+        return output * (-sigma / (sigma**2 + 1) ** 0.5) + x / (sigma**2 + 1)
+    return output
+
+
 class Scheduler:
     """Base of the samplers: config in and out, the tables, and the forward process.
 
@@ -209,8 +257,25 @@ class Scheduler:
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0 (Salimans 2022, section 4 and appendix D)."""
-        signal, sigma = self._signal_and_noise(timesteps, sample)
-        return signal * noise - sigma * sample
+        alpha, sigma = self._signal_and_noise(timesteps, sample)
+        return training_target("v_prediction", sample, noise, alpha, sigma)
+
+    def training_target(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the config's prediction_type asks of the model at x_t = add_noise(x0, noise, timesteps)."""
+        alpha, sigma = self._signal_and_noise(timesteps, x0)
+        return training_target(self.config.prediction_type, x0, noise, alpha, sigma)
+
+    def predict_x0(self, output: Tensor, x_t: Tensor, timestep: int) -> Tensor:
+        """The clean images behind x_t [B, ...] by the model's prediction at one timestep; not clipped."""
+        alpha_bar = self.alphas_cumprod[timestep].item()
+        return to_x0(self.config.prediction_type, output, x_t, alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
+
+    def clip_x0(self, x0: Tensor) -> Tensor:
+        """A predicted x0, thresholded or clipped if the config asks for it."""
+        c = self.config
+        if c.thresholding:
+            return threshold(x0, c.dynamic_thresholding_ratio, c.sample_max_value)
+        return x0.clamp(-c.clip_sample_range, c.clip_sample_range) if c.clip_sample else x0
 
     def _signal_and_noise(self, timesteps: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped to multiply x. Cast first, as upstream: in half

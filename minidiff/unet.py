@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from miniclip.model import ModelOutput
+from miniclip.output import ModelOutput
 from miniclip.weights import ModelFolder
 from minidiff.attention import Transformer2DModel
 from minidiff.config import DOWN_ATTENDS, MID_ATTENDS, UP_ATTENDS, UNet2DConditionConfig

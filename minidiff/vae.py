@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from miniclip.config import Config, ConfigError
-from miniclip.model import ModelOutput
+from miniclip.output import ModelOutput
 from miniclip.weights import ModelFolder
 from minidiff.attention import Attention, to_map
 from minidiff.resnet import Downsample2D, ResnetBlock2D, Upsample2D

@@ -7,7 +7,7 @@ import torch
 
 from miniclip.config import ConfigError
 from minidiff import samplers
-from minidiff.ddpm import DDPMScheduler
+from minidiff.samplers.ddpm import DDPMScheduler
 from minidiff.samplers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,

@@ -1,7 +1,8 @@
-"""The samplers, by upstream's names. Read in this order: base, ddim, pndm, euler, euler_ancestral, dpmsolver, lcm."""
+"""The samplers, by upstream's names. Read in this order: ddpm, base, ddim, pndm, euler, euler_ancestral, dpmsolver, lcm."""
 
 from minidiff.samplers.base import SchedulerOutput
 from minidiff.samplers.ddim import DDIMScheduler
+from minidiff.samplers.ddpm import DDPMScheduler
 from minidiff.samplers.dpmsolver import DPMSolverMultistepScheduler
 from minidiff.samplers.euler import EulerDiscreteScheduler
 from minidiff.samplers.euler_ancestral import EulerAncestralDiscreteScheduler
@@ -10,6 +11,7 @@ from minidiff.samplers.pndm import PNDMScheduler
 
 __all__ = [
     "DDIMScheduler",
+    "DDPMScheduler",
     "DPMSolverMultistepScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",

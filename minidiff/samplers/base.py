@@ -1,6 +1,6 @@
 """What the samplers share beyond schedule.py: their output, and the walk along a list of noise levels sigma.
 
-Read after schedule.py and ddpm.py; then ddim.py, the simplest. Papers: Karras 2022 (eq. 5 for the spacing; x = x0 +
+Read after ddpm.py; then ddim.py, the simplest. Papers: Karras 2022 (eq. 5 for the spacing; x = x0 +
 sigma eps, the form that Euler and DPM-Solver use), Lu 2022 (lambda = -log sigma). Mirrors: the parts that diffusers'
 scheduling_euler_discrete.py, scheduling_euler_ancestral_discrete.py and scheduling_dpmsolver_multistep.py repeat.
 Symbols: sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t); T training timesteps, n sampling steps; lists run high to low.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from miniclip.config import ConfigError
-from miniclip.model import ModelOutput
+from miniclip.output import ModelOutput
 from minidiff.schedule import ScheduleConfig, Scheduler, spaced_timesteps
 
 
@@ -219,10 +219,3 @@ class EulerBase(SigmaScheduler):
         if whole:
             raise ValueError(f"timestep {timestep} is a whole number: pass an entry of scheduler.timesteps")
         return self._start(timestep)
-
-    def _predict_x0(self, output: Tensor, x: Tensor, sigma: Tensor, sigma_hat: Tensor) -> Tensor:
-        if self.config.prediction_type == "epsilon":
-            return x - sigma_hat * output
-        if self.config.prediction_type == "v_prediction":   # Salimans 2022's v, with alpha = 1 / sqrt(sigma^2 + 1)
-            return output * (-sigma / (sigma**2 + 1) ** 0.5) + x / (sigma**2 + 1)
-        return output

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minidiff.samplers.base import SchedulerOutput, check_steps, checked_timesteps
-from minidiff.schedule import Generators, ScheduleConfig, Scheduler, randn, spaced_timesteps, threshold
+from minidiff.schedule import Generators, ScheduleConfig, Scheduler, randn, spaced_timesteps, to_eps, to_x0
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,11 @@ class DDIMScheduler(Scheduler):
         """
         t, x_t = int(timestep), sample
         alpha_bar, alpha_bar_prev = self._alpha_bars(t)
-        x0, eps = self._predict(model_output, x_t, alpha_bar)
-        x0 = self._clip(x0)
+        kind, a, s = self.config.prediction_type, alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+        x0 = self.clip_x0(to_x0(kind, model_output, x_t, a, s))
+        eps = to_eps(kind, model_output, x_t, a, s)
         if use_clipped_model_output:
-            eps = (x_t - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5
+            eps = to_eps("sample", x0, x_t, a, s)
         sigma = eta * self._variance(alpha_bar, alpha_bar_prev) ** 0.5
         direction = (1 - alpha_bar_prev - sigma**2) ** 0.5 * eps            # Song 2021, eq. 12: "pointing to x_t"
         x_prev = alpha_bar_prev**0.5 * x0 + direction
@@ -80,21 +81,6 @@ class DDIMScheduler(Scheduler):
             raise ValueError("call set_timesteps before step")
         previous = t - self.config.num_train_timesteps // self.num_inference_steps
         return self.alphas_cumprod[t], self.alphas_cumprod[previous] if previous >= 0 else self.final_alpha_cumprod
-
-    def _predict(self, output: Tensor, x_t: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
-        """x0 and eps, whichever of the three the model gives."""
-        a, s = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
-        if self.config.prediction_type == "epsilon":
-            return (x_t - s * output) / a, output
-        if self.config.prediction_type == "v_prediction":
-            return a * x_t - s * output, a * output + s * x_t
-        return output, (x_t - a * output) / s
-
-    def _clip(self, x0: Tensor) -> Tensor:
-        c = self.config
-        if c.thresholding:
-            return threshold(x0, c.dynamic_thresholding_ratio, c.sample_max_value)
-        return x0.clamp(-c.clip_sample_range, c.clip_sample_range) if c.clip_sample else x0
 
     @staticmethod
     def _variance(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from minidiff.samplers.base import (
     interpolate,
     linspace,
 )
-from minidiff.schedule import Generators, ScheduleConfig, randn, spaced_timesteps, threshold
+from minidiff.schedule import Generators, ScheduleConfig, randn, spaced_timesteps, threshold, to_eps, to_x0
 
 # Solver names of related samplers (DEIS, UniPC) whose configs are handed over: upstream reads them so
 ALIASES = {"deis": "dpmsolver++", "logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"}
@@ -236,25 +236,19 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
             output = output[:, :3]              # the other channels are the variance
         if not c.algorithm_type.endswith("++"):
             return self._as_eps(output, sample, alpha_t, sigma_t)
-        if c.prediction_type == "epsilon":
-            output = (sample - sigma_t * output) / alpha_t
-        elif c.prediction_type == "v_prediction":
-            output = alpha_t * sample - sigma_t * output
-        elif c.prediction_type == "flow_prediction":
-            output = sample - self.sigmas[self.step_index] * output
-        return self._threshold(output) if c.thresholding else output
+        if c.prediction_type == "flow_prediction":
+            sigma_t = self.sigmas[self.step_index]      # the level itself, as upstream, even without use_flow_sigmas
+        x0 = to_x0(c.prediction_type, output, sample, alpha_t, sigma_t)
+        return self._threshold(x0) if c.thresholding else x0
 
     def _as_eps(self, output: Tensor, x: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
         if self.config.prediction_type == "flow_prediction":
             raise ValueError("flow_prediction needs algorithm_type 'dpmsolver++' or 'sde-dpmsolver++'")
-        if self.config.prediction_type == "sample":
-            output = (x - alpha_t * output) / sigma_t
-        elif self.config.prediction_type == "v_prediction":
-            output = alpha_t * output + sigma_t * x
+        eps = to_eps(self.config.prediction_type, output, x, alpha_t, sigma_t)
         if self.config.thresholding:
-            x0 = self._threshold((x - sigma_t * output) / alpha_t)
-            output = (x - alpha_t * x0) / sigma_t
-        return output
+            x0 = self._threshold(to_x0("epsilon", eps, x, alpha_t, sigma_t))
+            eps = to_eps("sample", x0, x, alpha_t, sigma_t)
+        return eps
 
     def _threshold(self, x0: Tensor) -> Tensor:
         return threshold(x0, self.config.dynamic_thresholding_ratio, self.config.sample_max_value)

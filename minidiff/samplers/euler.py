@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minidiff.samplers.base import EulerBase, SchedulerOutput, check_steps, interpolate
-from minidiff.schedule import Generators, ScheduleConfig, randn
+from minidiff.schedule import Generators, ScheduleConfig, randn, to_x0_unscaled
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class EulerDiscreteScheduler(EulerBase):
         if gamma > 0:
             noise = randn(model_output.shape, generator, model_output.device, model_output.dtype)
             x = x + noise * s_noise * (sigma_hat**2 - sigma**2) ** 0.5
-        x0 = self._predict_x0(model_output, x, sigma, sigma_hat)
+        x0 = to_x0_unscaled(self.config.prediction_type, model_output, x, sigma, sigma_hat)
         slope = (x - x0) / sigma_hat                                        # dx / dsigma
         x_prev = (x + slope * (self.sigmas[i + 1] - sigma_hat)).to(model_output.dtype)
         self.step_index = i + 1

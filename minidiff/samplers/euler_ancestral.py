@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minidiff.samplers.base import EulerBase, SchedulerOutput, check_steps, interpolate
-from minidiff.schedule import Generators, ScheduleConfig, randn
+from minidiff.schedule import Generators, ScheduleConfig, randn, to_x0_unscaled
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class EulerAncestralDiscreteScheduler(EulerBase):
         """x at one level -> x at the next. model_output is the UNet's answer to (scale_model_input(sample), timestep)."""
         i = self._at(timestep)
         x, sigma, to = sample.to(torch.float32), self.sigmas[i], self.sigmas[i + 1]
-        x0 = self._predict_x0(model_output, x, sigma, sigma)
+        x0 = to_x0_unscaled(self.config.prediction_type, model_output, x, sigma, sigma)
         sigma_up = (to**2 * (sigma**2 - to**2) / sigma**2) ** 0.5
         sigma_down = (to**2 - sigma_up**2) ** 0.5
         x_prev = x + (x - x0) / sigma * (sigma_down - sigma)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minidiff.samplers.base import SchedulerOutput, check_steps, checked_timesteps
-from minidiff.schedule import Generators, ScheduleConfig, Scheduler, randn, threshold
+from minidiff.schedule import Generators, ScheduleConfig, Scheduler, randn, to_x0
 
 SIGMA_DATA = 0.5  # the data's deviation in the boundary scalings
 
@@ -108,9 +108,10 @@ class LCMScheduler(Scheduler):
             raise ValueError("call set_timesteps before step")
         if self.step_index is None:
             self.step_index = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
-        x0 = self._predict_x0(model_output, sample, self.alphas_cumprod[int(timestep)])
+        alpha_bar = self.alphas_cumprod[int(timestep)]
+        x0 = to_x0(self.config.prediction_type, model_output, sample, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
         c_skip, c_out = self.boundary_scalings(timestep)
-        denoised = c_out * x0 + c_skip * sample
+        denoised = c_out * self.clip_x0(x0) + c_skip * sample
         x_prev = denoised
         if self.step_index != self.num_inference_steps - 1:
             following = self.step_index + 1
@@ -126,15 +127,3 @@ class LCMScheduler(Scheduler):
         scaled = timestep * self.config.timestep_scaling
         c_skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
         return c_skip, scaled / (scaled**2 + SIGMA_DATA**2) ** 0.5
-
-    def _predict_x0(self, output: Tensor, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
-        c, a, s = self.config, alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        if c.prediction_type == "epsilon":
-            x0 = (x_t - s * output) / a
-        elif c.prediction_type == "v_prediction":
-            x0 = a * x_t - s * output
-        else:
-            x0 = output
-        if c.thresholding:
-            return threshold(x0, c.dynamic_thresholding_ratio, c.sample_max_value)
-        return x0.clamp(-c.clip_sample_range, c.clip_sample_range) if c.clip_sample else x0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minidiff.samplers.base import SchedulerOutput, check_steps, checked_timesteps
-from minidiff.schedule import ScheduleConfig, Scheduler, spaced_timesteps
+from minidiff.schedule import ScheduleConfig, Scheduler, spaced_timesteps, to_eps
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,6 @@ class PNDMScheduler(Scheduler):
         """DDIM's step from t to t_prev along a slope eps (Liu 2022, eq. 9, written with alpha_bar)."""
         a = self.alphas_cumprod[t]
         a_prev = self.alphas_cumprod[t_prev] if t_prev >= 0 else self.final_alpha_cumprod
-        if self.config.prediction_type == "v_prediction":
-            eps = a**0.5 * eps + (1 - a) ** 0.5 * x
+        eps = to_eps(self.config.prediction_type, eps, x, a**0.5, (1 - a) ** 0.5)
         denominator = a * (1 - a_prev) ** 0.5 + (a * (1 - a) * a_prev) ** 0.5
         return (a_prev / a) ** 0.5 * x - (a_prev - a) * eps / denominator

@@ -10,7 +10,7 @@ import torch
 
 from miniclip.tokenizer import CLIPTokenizer
 from minidiff import samplers
-from minidiff.ddpm import DDPMScheduler
+from minidiff.samplers.ddpm import DDPMScheduler
 from minidiff.pipeline import StableDiffusionPipeline
 
 diffusers = pytest.importorskip("diffusers")

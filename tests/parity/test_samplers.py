@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from minidiff import samplers
-from minidiff.ddpm import DDPMScheduler
+from minidiff.samplers.ddpm import DDPMScheduler
 
 diffusers = pytest.importorskip("diffusers")
 torch.set_num_threads(1)
