@@ -25,7 +25,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow knows dozens more, each a parser to attack
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
+NO_CAPTIONS = ("file", "image", "artist", "author", "licence", "license", "source", "url", "split", "id")  # of --help
 MAX_PIXELS = 64 * 2**20  # of one picture, from its header
 MAX_FILE_BYTES = 512 * 2**20
 MAX_CSV_BYTES = 64 * 2**20
@@ -70,25 +72,89 @@ def _tidy(text) -> str:
     return " ".join(unicodedata.normalize("NFC", text or "").split())
 
 
+def columns_of(root) -> list[str]:
+    """The names of the columns of root/captions.csv; none if there is no such table."""
+    table = Path(root) / "captions.csv"
+    return list(_open(table).fieldnames) if table.exists() else []
+
+
+def caption_columns(root, besides: str = "") -> list[str]:
+    """What train_clip takes for captions: `caption`, else every column but `besides` and those of NO_CAPTIONS.
+
+    A folder without a table has `caption` alone. Raises DataError if no column is left.
+    """
+    there = columns_of(root) or ["caption"]
+    if caption := find_column(there, "caption"):
+        return [caption]
+    others = {name.lower() for name in (*NO_CAPTIONS, besides)}
+    found = [name for name in dict.fromkeys(there) if name and "," not in name and name.lower() not in others]
+    if not found:
+        raise DataError(f"{root}/captions.csv: no column 'caption' or of any other captions; {_known(there)}")
+    return found
+
+
+def find_column(there: list[str], *names: str) -> str | None:
+    """The first of the names that is a column: written just so, else in other letters, small or capital."""
+    lowered = {column.lower(): column for column in reversed(there)}
+    found = [name for name in names if name in there] + [lowered.get(name.lower()) for name in names]
+    return next(filter(None, found), None)
+
+
+def _known(there: list[str]) -> str:
+    return f"its columns are: {', '.join(map(repr, there)) or 'none'}"
+
+
 def _from_csv(root: Path, table: Path, caption_column: str) -> list[Picture]:
-    rows = csv.DictReader(io.StringIO(_read_text(table), newline=""))
+    rows = _open(table)
     pictures = []
     try:
-        rows.fieldnames = [_tidy(name) for name in rows.fieldnames or []]
-        file_column = _column(table, rows.fieldnames, "file", "image")
-        caption_column = _column(table, rows.fieldnames, caption_column)
+        file = find_column(rows.fieldnames, "file", "image")
+        if file is None:
+            raise DataError(f"{table}: no column 'file'; {_known(rows.fieldnames)}; call the one that names the "
+                            "pictures so")
+        column = find_column(rows.fieldnames, caption_column)
+        if column is None:
+            raise DataError(f"{table}: no column {caption_column!r}; {_known(rows.fieldnames)} (training takes any "
+                            "of them with --caption-column)")
         for row in rows:
             where = f"{table}, line {rows.line_num}"
-            path = _locate(root, row[file_column], where)
-            caption = _tidy(row[caption_column])
+            counts = _counts(row, rows, where)
+            path = _locate(root, row[file], where)
+            caption = _tidy(row[column])
             if not caption:
-                raise DataError(f"{where}: empty {caption_column!r} for file {row[file_column]!r}")
+                raise DataError(f"{where}: empty {column!r} for file {row[file]!r}{counts}")
             pictures.append(Picture(path, caption))
             if len(pictures) > MAX_PICTURES:
                 raise DataError(f"{table}: more than {MAX_PICTURES} rows")
     except csv.Error as error:
         raise DataError(f"{table}, line {rows.line_num}: not a CSV ({error})") from None
     return pictures
+
+
+def _open(table: Path) -> csv.DictReader:
+    """The rows of a table, split at commas, or at the semicolons or tabs with which its header has a column `file`."""
+    text = _read_text(table)
+    try:
+        for delimiter in [*DELIMITERS, ","]:            # at last, commas again: the header for the error to show
+            rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+            rows.fieldnames = [_tidy(name) for name in rows.fieldnames or []]
+            if find_column(rows.fieldnames, "file", "image"):
+                break
+    except csv.Error as error:
+        raise DataError(f"{table}, line 1: not a CSV ({error})") from None
+    return rows
+
+
+def _counts(row: dict, rows: csv.DictReader, where: str) -> str:
+    """How many fields a row has, if too few. More than the header has, unless they are blank, are refused: a caption
+    that holds the delimiter would lose its end."""
+    extra, columns = row.get(None, []), len(rows.fieldnames)
+    missing = sum(value is None for value in row.values())
+    counts = f"fields in this row: {columns + len(extra) - missing}, columns in the header: {columns}"
+    if any(map(_tidy, extra)):
+        raise DataError(f"{where}: {counts}; put a caption that holds {DELIMITERS[rows.reader.dialect.delimiter]} "
+                        'in double quotes, like "this, here", with no space before them')
+    return f" ({counts})" if missing else ""
 
 
 def _read_text(path: Path) -> str:
@@ -111,14 +177,6 @@ def _read_bytes(path: Path, limit: int) -> bytes:
             return file.read(limit + 1)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-
-
-def _column(table: Path, there: list[str], *names: str) -> str:
-    for name in names:
-        if name in there:
-            return name
-    known = ", ".join(map(repr, there)) or "none"
-    raise DataError(f"{table}: no column {names[0]!r}; its columns are: {known}")
 
 
 def _locate(root: Path, name: str | None, where: str) -> Path:

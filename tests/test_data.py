@@ -12,7 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from data.folder import DataError, PictureFolder, jitter, list_pictures, read_picture
+from data.folder import (
+    DataError,
+    PictureFolder,
+    caption_columns,
+    columns_of,
+    jitter,
+    list_pictures,
+    read_picture,
+)
 
 torch.set_num_threads(1)
 DATA = Path(__file__).parent.parent / "data"
@@ -78,7 +86,7 @@ def test_the_herbs_in_three_languages():
 def test_class_folders_sorted_nested_and_nfc(tmp_path):
     picture(tmp_path / "乾" / "二.png")
     picture(tmp_path / "乾" / "一.PNG")
-    picture(tmp_path / "fruit" / "red  apple" / "1.jpg")
+    picture(tmp_path / "fruit" / "red  apple" / "1.jpg").rename(tmp_path / "fruit" / "red  apple" / "1.jfif")
     picture(tmp_path / unicodedata.normalize("NFD", "café") / "1.png")
     picture(tmp_path / "乾" / "._一.png")                                       # what macOS leaves behind
     (tmp_path / "乾" / "notes.txt").write_text("x", encoding="utf-8")
@@ -100,6 +108,45 @@ def test_csv_finds_a_name_spelled_in_the_other_normal_form(tmp_path):
     assert list_pictures(tmp_path)[0].caption == "x"
 
 
+@pytest.mark.parametrize("text", [
+    "file;caption;artist\na.png;red, ripe;x\n", "file\tcaption\na.png\tred, ripe\n",
+    'File,Caption\na.png,"red, ripe"\n', 'IMAGE;CAPTION\na.png;"red, ripe"\n', "caption;file\nred, ripe;a.png\n",
+    'file,caption;note,caption\na.png,x;y,"red, ripe",\n',          # commas give a column `file`: commas it is
+])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_the_header_says_how_a_table_is_split_and_in_which_letters(tmp_path, text, encoding):
+    picture(tmp_path / "a.png")
+    table(tmp_path, text, encoding)
+    [found] = list_pictures(tmp_path)
+    assert found.caption == "red, ripe" and found.path.name == "a.png"
+
+
+def test_a_column_written_just_so_goes_before_one_in_other_letters(tmp_path):
+    picture(tmp_path / "a.png")
+    table(tmp_path, "File,image,Caption,caption\nno,a.png,no,yes\n")
+    assert [(p.path.name, p.caption) for p in list_pictures(tmp_path)] == [("a.png", "yes")]
+    assert columns_of(tmp_path) == ["File", "image", "Caption", "caption"]
+
+
+def test_fields_too_many_that_are_blank_lose_nothing(tmp_path):
+    picture(tmp_path / "a.png")
+    table(tmp_path, "file,caption\na.png,red,, \n")
+    assert list_pictures(tmp_path)[0].caption == "red"
+
+
+@pytest.mark.parametrize("header, columns", [
+    ("file,caption,en", ["caption"]), ("Caption;file;en", ["Caption"]), ("image,name,english,shop,", ["name", "english"]),
+    ("file,en,Licence,SOURCE", ["en"]), ('file,"a,b",en', ["en"]),
+])
+def test_which_columns_are_captions(tmp_path, header, columns):
+    table(tmp_path, header)
+    assert caption_columns(tmp_path, besides="shop") == columns
+    assert caption_columns(DATA / "herbs") == ["zh-Hant", "zh-Hans", "en"]
+    assert caption_columns(DATA) == ["caption"]                                 # no table
+    table(tmp_path, "file,artist")
+    fails(lambda: caption_columns(tmp_path), "no column 'caption'", "'artist'")
+
+
 def test_layout_errors(tmp_path):
     fails(lambda: list_pictures(tmp_path / "no"), "no such folder")
     file = picture(tmp_path / "x.png")
@@ -113,7 +160,13 @@ def test_layout_errors(tmp_path):
     ("", ["no column 'file'", "none"]),
     ("file,caption\n", ["no rows"]),
     ("path,caption\na.png,x\n", ["no column 'file'", "'path', 'caption'"]),
-    ("file,name\na.png,x\n", ["no column 'caption'", "'file', 'name'"]),
+    ("file,name\na.png,x\n", ["no column 'caption'", "'file', 'name'", "--caption-column"]),
+    ("file;name\na.png;x\n", ["no column 'caption'", "'file', 'name'"]),
+    ("file,caption\na.png,x\na.png,red, ripe\n", ["line 3", "row: 3,", "header: 2;", "a comma in double quotes"]),
+    ("caption,file\nred, ripe,a.png\n", ["line 2", "row: 3,", "header: 2;", "double quotes"]),
+    ('file,caption\na.png, "red, ripe"\n', ["line 2", "double quotes", "no space before them"]),
+    ("file;caption\na.png;red; ripe\n", ["line 2", "row: 3,", "header: 2;", "a semicolon in double quotes"]),
+    ("file,caption,artist\na.png\n", ["line 2", "empty 'caption'", "row: 1, columns in the header: 3"]),
     ("file,caption\na.png,x\nb.png,y\n", ["line 3", "b.png"]),
     ("file,caption\na.png, \n", ["line 2", "empty 'caption'", "a.png"]),
     ("file,caption\na.png\n", ["line 2", "empty 'caption'"]),
