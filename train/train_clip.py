@@ -12,10 +12,12 @@ Shapes: B batch, N pictures, M captions, S picture size, E width of the shared s
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import html
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +25,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.folder import DataError, Picture, PictureFolder, Stream, affine
+from data.folder import (
+    NO_CAPTIONS,
+    DataError,
+    Picture,
+    PictureFolder,
+    Stream,
+    affine,
+    caption_columns,
+    columns_of,
+    find_column,
+)
 from miniclip.bert import BertLayer
 from miniclip.loss import cached_backward, chance, clamp_temperature, contrastive_loss, floor, ranks, siglip_loss
 from miniclip.model import CLIPEncoderLayer
+from miniclip.weights import WeightsError, read_json
 from train import report
 from train.common import (
     EMA,
@@ -82,8 +95,10 @@ class TrainConfig:
     data: str = flag("data/herbs", "folder of pictures: captions.csv, or one folder for each class",
                      section="data and run folder")
     out: str = flag("out/herbs", "run folder to write")
-    caption_column: str = flag("zh-Hant,zh-Hans,en", "columns of captions.csv, the first of which is tested")
-    hold_out: str = flag("", "column=value: rows never trained on, tested apart, such as artist=twitter")
+    caption_column: str = flag("", "columns of captions.csv, the first of which is tested; default: caption, "
+                               f"if it is there, else all but {', '.join(NO_CAPTIONS)} and that of --hold-out")
+    hold_out: str = flag("", "never trained on, tested apart: column=value, such as artist=twitter, or a share "
+                         "of the pictures, drawn by --seed, such as 0.2")
     size: int = flag(64, "pictures are S x S")
     preset: str = flag("tiny", "size of a fresh model", choices=tuple(PRESETS), section="model and training")
     loss: str = flag("infonce", "infonce, or siglip: every pair for itself", choices=("infonce", "siglip"))
@@ -124,6 +139,7 @@ class TrainConfig:
 
 def main(cfg: TrainConfig) -> None:
     check(cfg)
+    cfg = with_columns(cfg)
     # ---- processes, device and data
     group = join(pick_device(cfg.device))
     device, amp = group.device, autocast(cfg.precision, group.device)
@@ -262,8 +278,9 @@ def check(cfg: TrainConfig) -> None:
     preset = PRESETS[cfg.preset]
     if cfg.size > 1024 or (not cfg.init and preset.tower == "vit" and cfg.size % preset.patch):
         raise UserError(f"--size {cfg.size}: at most 1024, and for {cfg.preset} a multiple of {preset.patch or 1}")
-    if cfg.hold_out and "=" not in cfg.hold_out:
-        raise UserError(f"--hold-out {cfg.hold_out}: must be column=value, such as artist=twitter")
+    if cfg.hold_out and "=" not in cfg.hold_out and not share_of(cfg):
+        raise UserError(f"--hold-out {cfg.hold_out}: must be column=value, such as artist=twitter, or a share of the "
+                        "pictures above 0 and below 1, such as 0.2")
     if cfg.lock != "none" and not cfg.init:
         raise UserError(f"--lock {cfg.lock}: only a tower that was trained before is worth locking; give --init")
     if cfg.chunk and not cfg.init and preset.tower == "resnet":
@@ -311,6 +328,58 @@ class Pairs:
         return Pairs([self.files[i] for i in rows], self.pictures[rows], captions, [self.held_out[i] for i in rows])
 
 
+def with_columns(cfg: TrainConfig) -> TrainConfig:
+    """An empty --caption-column is that of the run to go on with; a new run takes what the table has."""
+    if cfg.caption_column:
+        return cfg
+    known = ""
+    with contextlib.suppress(OSError, WeightsError):            # no such run: --resume will say so
+        known = read_json(Path(cfg.out) / "config.json").get("caption_column") if cfg.resume else ""
+    return dataclasses.replace(cfg, caption_column=known or ",".join(columns_in(cfg)))
+
+
+def columns_in(cfg: TrainConfig) -> list[str]:
+    """The columns of captions. Class folders have one: their names."""
+    if not cfg.caption_column or not (Path(cfg.data) / "captions.csv").exists():
+        return caption_columns(cfg.data, besides=cfg.hold_out.partition("=")[0])
+    columns = [name.strip() for name in cfg.caption_column.split(",") if name.strip()]
+    if not columns:
+        raise UserError("--caption-column: name at least one column")
+    return columns
+
+
+def share_of(cfg: TrainConfig) -> float:
+    """The share of --hold-out; 0 if it is none."""
+    try:
+        share = float(cfg.hold_out)
+    except ValueError:
+        return 0.0
+    return share if 0 < share < 1 else 0.0
+
+
+def by_lot(files: list[str], captions: list[list[str]], share: float, seed: int) -> list[bool]:
+    """Which rows are held out: those of a share of the files, drawn by lot.
+
+    Of the pictures with one caption, in any column, one stays to train on, so there may be fewer than asked for; where a
+    caption has but one picture, that may be held out.
+    """
+    told: dict[str, set[tuple[int, str]]] = {file: set() for file in files}
+    for k, column in enumerate(captions):
+        for file, caption in zip(files, column, strict=True):
+            told[file].add((k, caption))
+    left = Counter(caption for own in told.values() for caption in own)
+    alone = {caption for caption, count in left.items() if count == 1}
+    distinct, held = list(told), set()
+    for i in torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist() if share else ():
+        if len(held) >= max(1, round(share * len(distinct))):
+            break
+        own = told[distinct[i]]
+        if all(left[caption] > 1 or caption in alone for caption in own):
+            held.add(distinct[i])
+            left.subtract(own)
+    return [file in held for file in files]
+
+
 def read_pairs(cfg: TrainConfig) -> Pairs:
     pairs = list_pairs(cfg)
     return dataclasses.replace(pairs, pictures=folder_of(pairs, cfg).pictures())
@@ -318,18 +387,18 @@ def read_pairs(cfg: TrainConfig) -> Pairs:
 
 def list_pairs(cfg: TrainConfig, out: Path | None = None) -> Pairs:
     """The pairs with pictures of no pixels [N, 0]. The lists of a large table are kept in `out`."""
-    columns = [name.strip() for name in cfg.caption_column.split(",") if name.strip()]
-    if not columns:
-        raise UserError("--caption-column: name at least one column")
-    if not (Path(cfg.data) / "captions.csv").exists():
-        columns = ["caption"]                                       # class folders: their names are the captions
-    wanted = [*columns, *([cfg.hold_out.split("=", 1)[0]] if cfg.hold_out else [])]
+    columns = columns_in(cfg)
+    name, equals, value = cfg.hold_out.partition("=")
+    there = columns_of(cfg.data)
+    if equals and there and not find_column(there, name):
+        raise UserError(f"--hold-out {cfg.hold_out}: no column {name!r} in captions.csv; it has {', '.join(there)}")
+    wanted = [*columns, name] if equals else columns
     folders = [PictureFolder(cfg.data, size=cfg.size, channels=3, caption_column=column,
                              index=out / f"index.{i}.json" if out else None) for i, column in enumerate(wanted)]
     captions = [folder.captions for folder in folders[:len(columns)]]
-    held_out = [False] * len(captions[0])
-    if cfg.hold_out:
-        name, value = cfg.hold_out.split("=", 1)
+    files = [str(entry.path) for entry in folders[0].entries]
+    held_out = by_lot(files, captions, share_of(cfg), cfg.seed)
+    if equals:
         values = folders[-1].captions
         held_out = [v == value for v in values]
         if not any(held_out) or all(held_out):
@@ -337,11 +406,12 @@ def list_pairs(cfg: TrainConfig, out: Path | None = None) -> Pairs:
             raise UserError(f"--hold-out {cfg.hold_out}: leaves nothing to {'test' if not any(held_out) else 'train'}; "
                             f"{name} holds {known}")
     trained = {c for c, held in zip(captions[0], held_out, strict=True) if not held}
+    if len(trained) < 2 <= len(set(captions[0])):
+        raise UserError(f"--hold-out {cfg.hold_out}: leaves fewer than two captions to train on; hold out less")
     if len(trained) < 2:
         raise DataError(f"{cfg.data}: one caption for all pictures; matching needs at least two")
     if len(trained) > 2 and all(Path(c).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") for c in trained):
         raise DataError(f"{cfg.data}: the captions are file names; are two columns of captions.csv swapped?")
-    files = [str(entry.path) for entry in folders[0].entries]
     return Pairs(files, torch.empty(len(files), 0), captions, held_out)
 
 
