@@ -42,6 +42,7 @@ def table(root, *lines):
 def test_a_table_of_file_and_caption_trains(tmp_path, capsys):
     data = table(tmp_path / "d", "file,caption", "0.png,薑", "1.png,大蒜")
     train_clip.main(config(tmp_path / "run", data=data))
+    assert "captions (caption): 2 different" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))["caption_column"] == "caption"
 
 

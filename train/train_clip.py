@@ -36,6 +36,7 @@ from data.folder import (
     columns_of,
     find_column,
 )
+from data.summary import summary
 from miniclip.bert import BertLayer
 from miniclip.loss import cached_backward, chance, clamp_temperature, contrastive_loss, floor, ranks, siglip_loss
 from miniclip.model import CLIPEncoderLayer
@@ -149,6 +150,9 @@ def main(cfg: TrainConfig) -> None:
     pairs, skipped = (list_pairs(cfg, out) if cfg.stream else read_pairs(cfg)), Skipped(out, group, cfg.resume)
     seen = fingerprint([Path(name).relative_to(cfg.data).as_posix() for name in pairs.files], sum(pairs.captions, []))
     must_be_alike(cfg, seen, group)
+    if group.main:
+        print(*summary(cfg.data, pairs.files, dict(zip(columns_in(cfg), pairs.captions)), cfg.size, channels=3),
+              sep="\n", flush=True)
     train, test = pairs.split()
     if cfg.shuffle_captions:
         train = train.shuffled(cfg.seed)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from data.folder import PictureFolder, Stream, affine
+from data.summary import summary
 from miniclip.weights import atomic_write
 from minidiff import DDPMScheduler
 from minidiff.attention import Transformer2DModel
@@ -134,6 +135,9 @@ def main(cfg: TrainConfig) -> None:
                            index=out / "index.json" if cfg.stream else None)
     seen = fingerprint([entry.path.relative_to(cfg.data).as_posix() for entry in folder.entries], folder.captions)
     must_be_alike(cfg, seen, group)
+    if group.main:
+        print(*summary(cfg.data, [str(entry.path) for entry in folder.entries], {cfg.caption_column: folder.captions},
+                       cfg.size, cfg.channels), sep="\n", flush=True)
     captions, parts = folder.captions, group.shares(cfg.batch, cfg.accumulate)
     own = slice(parts[0].start, parts[-1].stop)             # this process's rows of each batch
     stream, skipped = Stream(folder, cfg.batch, cfg.seed, cfg.steps, own), Skipped(out, group, cfg.resume)
