@@ -17,7 +17,7 @@ from torch import Tensor
 
 from miniclip.config import Config, ConfigError
 from miniclip.tokenizer import CLIPTokenizer, Encoding
-from miniclip.weights import read_json, write_json
+from miniclip.weights import need_folder, read_json, write_json
 
 OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pictures that OpenAI trained on, in 0..1
 OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -207,6 +207,7 @@ class CLIPImageProcessor(Config):
     def from_pretrained(cls, folder: str | os.PathLike, subfolder: str | None = None) -> CLIPImageProcessor:
         """Reads preprocessor_config.json, or the image part of transformers 5's processor_config.json."""
         folder = os.path.join(folder, subfolder) if subfolder else os.fspath(folder)
+        need_folder(folder)
         for name in ("preprocessor_config.json", "processor_config.json"):
             path = os.path.join(folder, name)
             if os.path.exists(path):

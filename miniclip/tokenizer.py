@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from miniclip.weights import WeightsError, atomic_write, read_json, write_json
+from miniclip.weights import WeightsError, atomic_write, need_folder, read_json, write_json
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 END = "</w>"  # closes the last symbol of a word, so that "a" alone and "a" inside a word differ
@@ -410,6 +410,7 @@ class CLIPTokenizer(Tokenizer):
         there; options override them. Raises TokenizerError or WeightsError.
         """
         folder = os.path.join(folder, subfolder) if subfolder else os.fspath(folder)
+        need_folder(folder)
         at = lambda name: os.path.join(folder, name)  # noqa: E731
         options = {**_options(folder), **options}
         if os.path.exists(at("vocab.json")) and os.path.exists(at("merges.txt")):

@@ -9,6 +9,7 @@ Legend: a safetensors file is [8 bytes: n, little-endian][n bytes: JSON header][
 from __future__ import annotations
 
 import ctypes
+import glob
 import json
 import math
 import mmap as mmap_module
@@ -27,12 +28,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from miniclip.config import Config
+from miniclip.config import Config, ConfigError
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
 MAX_JSON_BYTES = 32 * 2**20  # config and index files
 MAX_JSON_COMMAS = 2_000_000  # bounds the number of Python objects that a hostile JSON text can make
 MAX_DIMS = 32
+LOCAL_ONLY = "models are read from local folders only, nothing is ever downloaded"
 ERRORS_SHOWN = 5  # names listed per kind of mismatch before "and N more"
 
 # In the order of safetensors' own Dtype enum: its writer sorts by it, descending, and so do we.
@@ -58,9 +60,17 @@ class WeightsError(ValueError):
 # ---- JSON -----------------------------------------------------------------------------------------------------------
 
 
+def need_folder(folder: str | os.PathLike) -> None:
+    """Raises WeightsError for what is no local folder, such as a name on a model hub."""
+    if not os.path.isdir(folder):
+        problem = "a file, not a folder" if os.path.exists(folder) else f"no such folder or file; {LOCAL_ONLY}"
+        raise WeightsError(f"{_name(folder)}: {problem}")
+
+
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """Reads a JSON object from a file of at most 32 MiB. Raises WeightsError; a byte order mark is forgiven."""
     path = _name(path)
+    need_folder(os.path.dirname(path) or ".")
     with _open(path) as file:
         raw = file.read(MAX_JSON_BYTES + 1)
     if len(raw) > MAX_JSON_BYTES:
@@ -364,8 +374,7 @@ def load_folder(
     dtype: what floating-point tensors are cast to.
     """
     folder = _name(folder)
-    if not os.path.isdir(folder):
-        raise WeightsError(f"{folder}: no such folder")
+    need_folder(folder)
     pickle_stem = "pytorch_model" if stem == "model" else stem
     dot = f".{variant}" if variant else ""
     indices = [f"{s}.{kind}.index{dot}.json" for s, kind in ((stem, "safetensors"), (pickle_stem, "bin"))]
@@ -523,6 +532,24 @@ def _listed(names: list[str]) -> str:
     return shown + (f" and {len(names) - ERRORS_SHOWN} more" if len(names) > ERRORS_SHOWN else "")
 
 
+def _misplaced(folder: str, values: dict[str, Any], wanted: str, error: ConfigError) -> str:
+    """A ConfigError's line, which says first if `folder` is a training run's, or of another class."""
+    inside = [os.path.dirname(path) for path in glob.glob("model/**/config.json", root_dir=folder, recursive=True)]
+    named = _class_named(values)
+    if inside and named is None:
+        models = {path: _class_named(read_json(os.path.join(folder, path, "config.json"))) for path in sorted(inside)}
+        listed = ", ".join(f"{os.path.join(folder, path)} ({name})" for path, name in models.items())
+        return f"{folder}: the folder of a run, no {wanted}; the models in it: {listed}"
+    return str(error) if named in (None, wanted) else f"{folder}: the folder of a {named}; as a {wanted}: {error}"
+
+
+def _class_named(values: dict[str, Any]) -> str | None:
+    """The class that a config.json names, as transformers or as diffusers does."""
+    architectures = values.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else values.get("_class_name")
+    return _short(name)[1:-1] if isinstance(name, str) else None
+
+
 class ModelFolder:
     """Mixin for nn.Modules that live in a folder: `config.json` beside the weights, as upstream writes it.
 
@@ -554,9 +581,11 @@ class ModelFolder:
         dtype = _dtype(torch_dtype)
         folder = os.path.join(_name(folder), subfolder) if subfolder else _name(folder)
         source = os.path.join(folder, "config.json")
-        if not os.path.isdir(folder):
-            raise WeightsError(f"{folder}: no such folder (models are read from local folders only)")
-        config = cls.config_from_folder(read_json(source), source)
+        values = read_json(source)
+        try:
+            config = cls.config_from_folder(values, source)
+        except ConfigError as error:
+            raise ConfigError(_misplaced(folder, values, cls.__name__, error)) from None
         with without_numbers():
             model = cls(config)
             model = model if model.dtype == dtype else model.to(dtype)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from miniclip.tokenizer import SPACE, Tokenizer, TokenizerError, read_text
-from miniclip.weights import atomic_write, read_json, write_json
+from miniclip.weights import atomic_write, need_folder, read_json, write_json
 
 HAN = re.compile(  # what BERT takes for Chinese, each character a word of its own; kana and hangul are not
     "([\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f"
@@ -113,6 +113,7 @@ class BertTokenizer(Tokenizer):
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, **options: Any) -> BertTokenizer:
         """Reads vocab.txt, one symbol a line, or tokenizer.json, and tokenizer_config.json beside it."""
+        need_folder(folder)
         at = lambda name: os.path.join(folder, name)  # noqa: E731
         settings = read_json(at("tokenizer_config.json")) if os.path.exists(at("tokenizer_config.json")) else {}
         for key in ("do_lower_case", "strip_accents"):

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from miniclip import weights
-from miniclip.config import Config
+from miniclip import BertTokenizer, CLIPImageProcessor, CLIPModel, CLIPTokenizer, SimpleCLIPConfig, SimpleCLIPModel, weights
+from miniclip.config import Config, ConfigError
 from miniclip.weights import ModelFolder, WeightsError, load_file, load_folder, load_pickle, save_file
+from minidiff import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 torch.set_num_threads(1)
 
@@ -482,9 +483,28 @@ def test_index_that_lies(tmp_path):
         refused(lambda: load_folder(tmp_path, "model"), "weight_map")
 
 
+def test_a_folder_of_another_model_says_whose_it_is(tmp_path):
+    """A run of train.train_clip: config.json beside model/ holds the run's flags, not a model's config."""
+    weights.write_json(tmp_path / "config.json", {"data": "data/herbs", "steps": 150})
+    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 9}
+    config = SimpleCLIPConfig(text_config=text, image_layers=(1, 1, 1, 1), image_width=4, projection_dim=8)
+    SimpleCLIPModel(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match="the folder of a run") as caught:
+        CLIPModel.from_pretrained(tmp_path)
+    assert f"{tmp_path / 'model'} (SimpleCLIPModel)" in str(caught.value)
+    with pytest.raises(ConfigError, match="model: the folder of a SimpleCLIPModel; as a CLIPModel: "):
+        CLIPModel.from_pretrained(tmp_path / "model")
+    assert SimpleCLIPModel.from_pretrained(tmp_path / "model").config == config
+
+
 def test_folders_that_are_not_there(tmp_path):
     refused(lambda: Tiny.from_pretrained(tmp_path / "none"), "none", "no such folder")
-    refused(lambda: Tiny.from_pretrained("runwayml/stable-diffusion-v1-5"), "local folders only")
+    for kind in (Tiny, UNet2DConditionModel, AutoencoderKL, StableDiffusionPipeline, DDPMScheduler, CLIPModel, CLIPTokenizer,
+                 BertTokenizer, CLIPImageProcessor):
+        refused(lambda: kind.from_pretrained("openai/clip"), "openai/clip: no such folder", "local folders only",  # noqa: B023
+                "nothing is ever downloaded")
+    (tmp_path / "file").touch()
+    refused(lambda: Tiny.from_pretrained(tmp_path / "file"), "a file, not a folder")
     refused(lambda: Tiny.from_pretrained(tmp_path), "config.json")
     weights.write_json(tmp_path / "config.json", {"width": 4})
     refused(lambda: Tiny.from_pretrained(tmp_path), "Error no file named diffusion_pytorch_model.bin found in directory")
