@@ -167,6 +167,13 @@ def test_conditions_that_are_missing_are_named() -> None:
     sdxl = small(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64)
     with pytest.raises(ValueError, match="text_embeds"):
         sdxl(*inputs())
+    x, t, _ = inputs()
+    with pytest.raises(ValueError, match=r"encoder_hidden_states are missing: .* \[2, tokens, 24\]"):
+        small()(x, t)
+    with pytest.raises(ValueError, match=r"\[2, tokens, 40\]"):
+        small(encoder_hid_dim=40, encoder_hid_dim_type="text_proj")(x, t)
+    plain = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    assert small(**plain, mid_block_type="UNetMidBlock2D")(x, t).sample.shape == x.shape    # no text to attend to
 
 
 def test_a_broken_folder_is_one_clear_line(tmp_path) -> None:
