@@ -13,6 +13,7 @@ import math
 import os
 import pickle
 import re
+import sys
 import zipfile
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from miniclip.bert import ChineseCLIPModel, DistilBertConfig
+from miniclip.command import run
 from miniclip.config import CLIPConfig, CLIPResNetConfig, CLIPTextConfig, CLIPVisionConfig
 from miniclip.model import (
     CLIPModel,
@@ -30,7 +32,7 @@ from miniclip.model import (
 )
 from miniclip.resnet import CLIPResNetModel
 from miniclip.simple import SimpleCLIPConfig, SimpleCLIPModel
-from miniclip.weights import WeightsError, load_file, load_pickle, load_strict, read_json
+from miniclip.weights import LOCAL_ONLY, WeightsError, load_file, load_pickle, load_strict, read_json
 
 # What neither the tensors nor their shapes tell: how wide a head is. The rest is checked against the file.
 # name: E, picture (n, p, D, L, head width), text (D, L, heads)
@@ -223,7 +225,7 @@ def read_any(path: str | os.PathLike) -> tuple[dict[str, Tensor], bool]:
     """The tensors of a file of any kind, and whether it is a TorchScript archive (then it is OpenAI's)."""
     path = os.fspath(path)
     if not os.path.isfile(path):
-        raise WeightsError(f"{path}: no such file")
+        raise WeightsError(f"{path}: no such file or folder; {LOCAL_ONLY}")
     if path.endswith(".safetensors"):
         return _unwrapped(load_file(path)), False
     if zipfile.is_zipfile(path):
@@ -396,16 +398,21 @@ def simple_config(state_dict: dict[str, Tensor]) -> SimpleCLIPConfig:
     )  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Reads a CLIP checkpoint of any family, writes a model folder.")
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m miniclip.convert",
+                                     description="Reads a CLIP checkpoint of any family, writes a model folder.")
     parser.add_argument("file", help="OpenAI's .pt, an OpenCLIP file, the tutorial's best.pt, or a folder")
     parser.add_argument("folder", help="where config.json and model.safetensors go")
     parser.add_argument("--name", help="which OpenCLIP model the file is, e.g. ViT-B-32 or ViT-B-32-quickgelu")
-    arguments = parser.parse_args()
-    model = load(arguments.file, arguments.name)
-    model.save_pretrained(arguments.folder)
-    print(f"{type(model).__name__}, {model.num_parameters() / 1e6:.2f} M parameters -> {arguments.folder}")
+    arguments = parser.parse_args(argv)
+
+    def convert() -> None:
+        model = load(arguments.file, arguments.name)
+        model.save_pretrained(arguments.folder)
+        print(f"{type(model).__name__}, {model.num_parameters() / 1e6:.2f} M parameters -> {arguments.folder}")
+
+    return run("convert", convert)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

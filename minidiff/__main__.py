@@ -6,11 +6,13 @@ Read after pipeline.py. Every mistake of the user ends in one line and exit code
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 
 import torch
 
+from miniclip.command import run
 from minidiff.pipeline import SCHEDULERS, StableDiffusionPipeline
 
 SAMPLERS = {
@@ -25,33 +27,49 @@ SAMPLERS = {
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m minidiff", description="Pictures from a Stable Diffusion checkpoint.")
-    add = parser.add_argument
-    add("--model", required=True, help="a folder as diffusers writes it, or a .safetensors or .ckpt file")
-    add("--tokenizer", help="for a single file: a tokenizer's folder, or bpe_simple_vocab_16e6.txt.gz")
-    add("--prompt", required=True)
-    add("--negative", help="negative prompt")
-    add("--image", help="start from this picture")
-    add("--mask", help="with --image: paint anew where this picture is white")
-    add("--strength", type=float, help="part of the steps to walk with --image, in (0, 1]")
-    add("--count", type=int, default=1, help="pictures to draw; picture i has the seed seed + i")
-    add("--batch", type=int, default=1, help="pictures at a time")
-    add("--seed", type=int, default=0)
-    add("--steps", type=int, default=50)
-    add("--guidance", type=float, help="1 = the prompt alone, 0 = no prompt at all; default 7.5, SDXL 5")
-    add("--height", type=int)
-    add("--width", type=int)
+    parser = argparse.ArgumentParser("python -m minidiff", "%(prog)s --model FOLDER --prompt TEXT [options]",
+                                     "Pictures from a Stable Diffusion checkpoint on this disk; nothing is downloaded.")
+    add = parser.add_argument_group("the model").add_argument
+    add("--model", required=True, metavar="PATH", help="a folder as diffusers writes it, or a .safetensors or .ckpt file")
+    add("--tokenizer", metavar="PATH", help="for a single file: a tokenizer's folder, or bpe_simple_vocab_16e6.txt.gz")
+    add("--variant", metavar="NAME", help="of the folder's weight files, e.g. fp16 (default: none)")
+    add("--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="default: %(default)s")
+    add("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
+    add = parser.add_argument_group("what to draw").add_argument
+    add("--prompt", required=True, metavar="TEXT", help="what the picture shows")
+    add("--negative", metavar="TEXT", help="what it does not show (default: nothing)")
+    add("--image", metavar="FILE", help="start from this picture")
+    add("--mask", metavar="FILE", help="with --image: paint anew where this picture is white")
+    add("--strength", type=float, metavar="S", help="part of the steps to walk with --image, in (0, 1] "
+                                                    "(default: 0.8, with --mask 1)")
+    add("--height", type=int, metavar="PIXELS", help="default: the model's own, or that of --image")
+    add("--width", type=int, metavar="PIXELS", help="likewise")
+    add = parser.add_argument_group("how").add_argument
     add("--sampler", choices=SAMPLERS, help="default: the checkpoint's own")
-    add("--variant", help="e.g. fp16")
-    add("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
-    add("--device", default="cpu", help="cpu, cuda, mps")
-    add("--out", default="out", help="folder for the pictures, 0000.png and so on")
+    add("--steps", type=int, default=50, metavar="N", help="denoising steps, 1 to 1000 (default: %(default)s)")
+    add("--guidance", type=float, metavar="G",
+        help="1 = the prompt alone, 0 = no prompt at all (default: 7.5, for SDXL 5)")
+    add("--seed", type=int, default=0, metavar="N", help="picture i has the seed N + i (default: %(default)s)")
+    add = parser.add_argument_group("how many, and where").add_argument
+    add("--count", type=int, default=1, metavar="N", help="pictures to draw (default: %(default)s)")
+    add("--batch", type=int, default=1, metavar="N", help="pictures at a time (default: %(default)s)")
+    add("--out", default="out", metavar="FOLDER", help="for the pictures 0000.png, 0001.png ... (default: %(default)s)")
     return parser.parse_args(argv)
+
+
+def check(a: argparse.Namespace) -> None:
+    """What would otherwise end in a black picture, or late; the pipeline checks the rest."""
+    if a.count < 1 or a.batch < 1:
+        raise ValueError(f"--count {a.count} and --batch {a.batch} must be at least 1")
+    if not -(2**63) <= a.seed <= 2**64 - a.count:
+        raise ValueError(f"--seed {a.seed}: with --count {a.count} it must lie in -2**63 .. 2**64 - {a.count}")
+    if a.guidance is not None and not math.isfinite(a.guidance):
+        raise ValueError(f"--guidance {a.guidance}: not a finite number")
 
 
 def load(a: argparse.Namespace) -> StableDiffusionPipeline:
     dtype = getattr(torch, a.dtype)
-    if os.path.isdir(a.model):
+    if not os.path.isfile(a.model):
         pipe = StableDiffusionPipeline.from_pretrained(a.model, a.variant, dtype)
     elif a.tokenizer is None:
         raise ValueError(f"{a.model}: a single file holds no tokenizer, so --tokenizer is needed")
@@ -75,37 +93,35 @@ def read_picture(path: str | None):
         raise ValueError(f"{path}: no picture that can be read: {error}") from None
 
 
+def draw(a: argparse.Namespace) -> None:
+    check(a)
+    os.makedirs(a.out, exist_ok=True)
+    image, mask = read_picture(a.image), read_picture(a.mask)
+    pipe = load(a)
+    for first in range(0, a.count, a.batch):
+        numbers = range(first, min(first + a.batch, a.count))
+        pictures = pipe(
+            a.prompt,
+            image=image,
+            mask_image=mask,
+            strength=a.strength,
+            height=a.height,
+            width=a.width,
+            num_inference_steps=a.steps,
+            guidance_scale=a.guidance,
+            negative_prompt=a.negative,
+            num_images_per_prompt=len(numbers),
+            generator=[torch.Generator().manual_seed(a.seed + i) for i in numbers],
+        ).images
+        for i, picture in zip(numbers, pictures, strict=True):
+            path = os.path.join(a.out, f"{i:04d}.png")
+            picture.save(path)
+            print(path)
+
+
 def main(argv: list[str] | None = None) -> int:
     a = arguments(argv)
-    try:
-        if a.count < 1 or a.batch < 1:
-            raise ValueError(f"--count {a.count} and --batch {a.batch} must be at least 1")
-        os.makedirs(a.out, exist_ok=True)
-        image, mask = read_picture(a.image), read_picture(a.mask)
-        pipe = load(a)
-        for first in range(0, a.count, a.batch):
-            numbers = range(first, min(first + a.batch, a.count))
-            pictures = pipe(
-                a.prompt,
-                image=image,
-                mask_image=mask,
-                strength=a.strength,
-                height=a.height,
-                width=a.width,
-                num_inference_steps=a.steps,
-                guidance_scale=a.guidance,
-                negative_prompt=a.negative,
-                num_images_per_prompt=len(numbers),
-                generator=[torch.Generator().manual_seed(a.seed + i) for i in numbers],
-            ).images
-            for i, picture in zip(numbers, pictures, strict=True):
-                path = os.path.join(a.out, f"{i:04d}.png")
-                picture.save(path)
-                print(path)
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:
-        print(f"minidiff: {str(error).splitlines()[0] if str(error) else type(error).__name__}", file=sys.stderr)
-        return 2
-    return 0
+    return run("minidiff", lambda: draw(a), (ValueError, OSError, RuntimeError, AssertionError))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Shapes: B pictures, C = 3 colours, H W their size; L latent channels of h = H/f,
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import sys
 import warnings
@@ -216,6 +217,9 @@ class StableDiffusionPipeline:
         batch = len(prompts) * num_images_per_prompt
         self._check(image, mask_image, strength, output_type, batch, generator)
         scale = (5.0 if self.is_xl else 7.5) if guidance_scale is None else float(guidance_scale)
+        for name, value in (("guidance_scale", scale), ("guidance_rescale", guidance_rescale), ("eta", eta)):
+            if not math.isfinite(value):
+                raise ValueError(f"{name} = {value} is not a finite number")
         if scale == 0 and self.unet.config.time_cond_proj_dim is None:
             warnings.warn("guidance_scale 0 ignores the prompt; for a model without guidance (Turbo) it is 1", stacklevel=2)
         picture = None if image is None else self._pixels(image, height, width)
@@ -546,9 +550,11 @@ def _listed(text: str | list[str], count: int, name: str) -> list[str]:
 
 
 def to_pil(pictures: Tensor) -> list[Any]:
-    """[B, 3, H, W] in 0 to 1 -> Pillow pictures."""
+    """[B, 3, H, W] in 0 to 1 -> Pillow pictures. Raises ValueError for what would be a black picture by mistake."""
     from PIL import Image
 
+    if not pictures.isfinite().all():
+        raise ValueError("the pictures are not finite numbers: try float32, another sampler or less guidance")
     levels = (pictures.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()  # [B, H, W, 3]
     size = (levels.shape[2], levels.shape[1])
     return [Image.frombytes("RGB", size, bytes(picture.flatten().tolist())) for picture in levels]

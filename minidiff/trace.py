@@ -7,11 +7,13 @@ Shapes are [batch, channels, height, width] or [batch, tokens, width].
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from miniclip.command import run
 from minidiff.unet import UNet2DConditionModel
 
 SDXL = {
@@ -73,4 +75,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run("trace", main))

@@ -128,6 +128,16 @@ def test_unknown_family_says_what_was_looked_for(tmp_path):
         convert.load(tmp_path / "missing.pt")
 
 
+def test_command_line(tmp_path, capsys):
+    """A folder, or one line that says what is wrong with the file."""
+    path = archive(convert.to_openai(tiny().state_dict()), tmp_path / "openai.pt")
+    assert convert.main([str(path), str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.startswith("CLIPModel, 0.") and CLIPModel.from_pretrained(tmp_path / "out")
+    assert convert.main([str(tmp_path / "none.pt"), str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("convert: ") and said.count("\n") == 1 and "none.pt: no such file" in said
+
+
 def test_folders(tmp_path):
     model = tiny()
     model.save_pretrained(tmp_path)

@@ -281,9 +281,15 @@ def test_command_line(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("extra", "word"),
     [
-        (["--model", "nowhere"], "nowhere"),
+        (["--model", "hub/name"], "hub/name: no such folder or file; models are read from local folders only"),
         (["--count", "0"], "--count 0"),
         (["--steps", "0"], "num_inference_steps = 0"),
+        (["--guidance", "nan"], "--guidance nan: not a finite number"),
+        (["--guidance", "inf"], "--guidance inf"),
+        (["--guidance", "1e38"], "the pictures are not finite"),
+        (["--strength", "nan"], "strength = nan"),
+        (["--seed", str(2**64)], f"--seed {2**64}: "),
+        (["--seed", str(2**64 - 1), "--count", "2"], "with --count 2"),
         (["--height", "13"], "height = 13"),
         (["--image", "no.png"], "no.png"),
         (["--strength", "0.5"], "needs an image"),
@@ -311,6 +317,38 @@ def test_command_line_from_a_shell(folder, tmp_path):
     known = {"minidiff", "miniclip", "torch", "sympy", "mpmath"}            # the last two are torch's own
     foreign = [m for m in json.loads(done.stdout) if m not in sys.stdlib_module_names and m not in known]
     assert foreign == []
+
+
+def test_a_reader_that_stops_reading_is_no_mistake(folder, tmp_path):
+    """`python -m ... | head`: no traceback, no complaint."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    calls = (["minidiff.trace"], ["miniclip.convert", f"{folder}/text_encoder", str(tmp_path / "text")],
+             ["minidiff", "--model", folder, "--prompt", "a", "--steps", "1", "--out", str(tmp_path)])  # fmt: skip
+    running = []
+    for call in calls:
+        process = subprocess.Popen([sys.executable, "-m", *call], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.close()
+        running.append(process)
+    for process in running:
+        with process.stderr:
+            assert process.stderr.read() == b"" and process.wait() == 0
+
+
+def test_help_shows_every_default(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for words in ("1 to 1000 (default: 50)", "(default: 7.5, for SDXL 5)", "seed N + i (default: 0)", "default: float32",
+                  "(default: cpu)", "0001.png ... (default: out)", "(default: 0.8, with --mask 1)"):  # fmt: skip
+        assert words in said
+
+
+@pytest.mark.parametrize("name", ["guidance_scale", "guidance_rescale", "eta"])
+def test_numbers_that_are_none_are_refused(pipe, name):
+    with pytest.raises(ValueError, match=f"{name} = nan is not a finite number"):
+        draw(pipe, **{name: float("nan")})
+    with pytest.raises(ValueError, match="not finite"):
+        to_pil(torch.full((1, 3, 2, 2), float("nan")))
 
 
 def test_euler_in_a_pipeline_starts_at_its_own_deviation(pipe):
