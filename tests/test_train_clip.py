@@ -12,9 +12,10 @@ from PIL import Image
 
 from data.folder import DataError
 from miniclip import CLIPModel
+from miniclip.weights import WeightsError, read_json, write_json
 from train import search, train_clip
 from train.common import UserError, load_checkpoint
-from train.matcher import PRESETS, Matcher, Preset
+from train.matcher import PRESETS, Matcher, Preset, find_spellings
 from train.search import Index, SearchConfig, best, save_index
 from train.train_clip import TrainConfig, stuck, turn_hues, verdict
 
@@ -79,6 +80,87 @@ def test_a_folder_of_your_own(tmp_path, capsys):
         (tmp_path / "other" / f"{color}.png").unlink()
     with pytest.raises(DataError, match="none of 1 pictures can be read: .*broken.png"):
         search.main(SearchConfig(run=str(tmp_path / "run"), text="藍", pictures=str(tmp_path / "other"), device="cpu"))
+
+
+def hits(capsys, out, **question):
+    """What a search prints on stdout and on stderr."""
+    capsys.readouterr()
+    search.main(SearchConfig(run=str(out), device="cpu", **question))
+    return capsys.readouterr()
+
+
+def test_spellings_of_one_thing_are_one_answer(tmp_path, capsys):
+    out = tmp_path / "herbs"
+    train_clip.main(config(out, hold_out="artist=twitter"))
+    said = hits(capsys, out, image=str(HERBS / "garlic_google.png"), top=9).out.split("pictures like it")[0]
+    answers = [set(line.split("%  ")[1].split(" / ")) for line in said.splitlines()[1:]]
+    herbs = [{"薑", "姜", "ginger root"}, {"草藥", "药草", "herb"}, {"大蒜", "蒜", "garlic"}, {"辣椒", "红辣椒", "hot pepper"}]
+    assert len(answers) == 4 and all(herb in answers for herb in herbs)
+    shares = [float(line.split("%")[0].split()[-1]) for line in said.splitlines()[1:]]
+    assert sum(shares) == pytest.approx(100, abs=0.3) and shares == sorted(shares, reverse=True)
+
+    older = read_json(out / "model" / "matcher.json")
+    write_json(out / "model" / "matcher.json", {"captions": older["captions"]})
+    said = hits(capsys, out, image=str(HERBS / "garlic_google.png"), top=20).out.split("pictures like it")[0]
+    assert len(said.splitlines()) == 1 + 12                     # an older run: each spelling for itself
+    write_json(out / "model" / "matcher.json", {**older, "spellings": [["a"], "b"]})
+    with pytest.raises(WeightsError, match="matcher.json: spellings is not a list of lists of texts"):
+        Matcher.load(out / "model")
+
+
+def test_what_is_a_spelling():
+    """A name beside a name at the same pictures; not the kind that several things are of, nor one of two synonyms."""
+    names, others = ["薑", "薑", "蒜", "梅"], ["ginger", "ginger", "garlic", "plum"]
+    assert find_spellings([names]) == []
+    assert find_spellings([names, others]) == [["薑", "ginger"], ["蒜", "garlic"], ["梅", "plum"]]
+    assert find_spellings([names, ["root", "root", "root", "fruit"]]) == [["梅", "fruit"]]
+    assert find_spellings([names, ["ginger", "ginger root", "garlic", "梅"]]) == [["蒜", "garlic"]]
+
+
+def test_an_index_of_other_weights_is_said_to_be_that(tmp_path, capsys):
+    out = tmp_path / "run"
+    train_clip.main(config(out, steps=2))
+    assert hits(capsys, out, text="薑").err == ""
+    hits(capsys, out, text="薑", pictures=str(HERBS))
+    train_clip.main(config(out, steps=3))                       # writes its own index anew, not that of --pictures
+    assert hits(capsys, out, text="薑").err == ""
+    other = str(out / "index-herbs")
+    said = hits(capsys, out, text="薑", index=other).err
+    assert said.startswith("warning: ") and said.count("\n") == 1 and f"--pictures FOLDER --index {other}" in said
+    assert hits(capsys, out, text="薑", index=other, pictures=str(HERBS)).err == ""
+    assert hits(capsys, out, text="薑", index=other).err == ""
+    lists = read_json(out / "index" / "index.json")
+    write_json(out / "index" / "index.json", {name: lists[name] for name in ("files", "captions")})
+    assert hits(capsys, out, text="薑").err == ""               # an older index: it cannot be told
+    write_json(out / "index" / "index.json", {**lists, "weights": "1"})
+    with pytest.raises(WeightsError, match="weights = '1'"):
+        search.main(SearchConfig(run=str(out), text="薑", device="cpu"))
+
+
+def test_pictures_are_found_from_any_folder_and_after_a_move(tmp_path, capsys, monkeypatch):
+    project = tmp_path / "project"
+    shutil.copytree(HERBS, project / "pictures")
+    monkeypatch.chdir(project)
+    train_clip.main(config("run", data="pictures"))
+    train_clip.main(config("full", data=str(project / "pictures")))
+    train_clip.main(config(tmp_path / "outside", data="pictures"))
+    assert f"薑  {Path('pictures', 'ginger-root_google.png')}" in hits(capsys, "run", text="薑", top=8).out
+    for out in (project / "run", project / "full", tmp_path / "outside"):
+        monkeypatch.chdir(tmp_path)
+        said = hits(capsys, out, text="薑", top=8).out
+        assert "cannot be read" not in said and str(Path("project", "pictures", "herb_google.png")) in said
+        old = read_json(out / "index" / "index.json")
+        write_json(out / "index" / "index.json", {name: old[name] for name in ("files", "captions")})
+        assert hits(capsys, out, text="薑", top=8).out.count("cannot be read") == 8     # an older index, from elsewhere
+        monkeypatch.chdir(project)
+        assert "cannot be read" not in hits(capsys, out, text="薑", top=8).out
+        write_json(out / "index" / "index.json", old)
+    (project / "run").rename(project / "archived")                                   # within the project
+    assert "cannot be read" not in hits(capsys, "archived", text="薑", top=8).out
+    monkeypatch.chdir(tmp_path)
+    project.rename(tmp_path / "moved")
+    for name in ("archived", "full"):
+        assert "cannot be read" not in hits(capsys, tmp_path / "moved" / name, text="薑", top=8).out
 
 
 @pytest.mark.parametrize("preset", ["tiny", "vit-tiny"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,11 @@ class Matcher(nn.Module):
     """Pictures are float32 [N, 3, S, S] in -1..1, as data.folder reads them."""
 
     def __init__(self, model: nn.Module, tokenizer: CLIPTokenizer | BertTokenizer, processor: CLIPImageProcessor,
-                 captions: list[str]):
+                 captions: list[str], spellings: list[list[str]] | None = None):
         super().__init__()
         self.model, self.tokenizer, self.processor = model, tokenizer, processor
         self.captions = captions    # the distinct ones of training, in order: what a picture can be named
+        self.spellings = spellings or []    # those that name one thing, such as 薑, 姜 and ginger root
 
     @property
     def size(self) -> int:
@@ -91,11 +92,14 @@ class Matcher(nn.Module):
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.processor.save_pretrained(folder)
-        write_json(Path(folder) / "matcher.json", {"captions": self.captions})
+        write_json(Path(folder) / "matcher.json", {"captions": self.captions, "spellings": self.spellings})
 
     @classmethod
     def load(cls, folder: str | Path) -> Matcher:
-        """Any CLIP folder; without matcher.json it has no captions. Raises WeightsError, ConfigError."""
+        """Any CLIP folder; without matcher.json it has no captions, and older ones tell of no spellings.
+
+        Raises WeightsError, ConfigError.
+        """
         folder = Path(folder)
         model = load(folder)
         if not hasattr(model, "logit_scale"):
@@ -103,9 +107,32 @@ class Matcher(nn.Module):
         kind = BertTokenizer if (folder / "vocab.txt").exists() else CLIPTokenizer
         own = read_json(folder / "matcher.json") if (folder / "matcher.json").exists() else {"captions": []}
         captions = own.get("captions")
-        if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+        spellings = own.get("spellings", [])
+        if not _texts(captions):
             raise WeightsError(f"{folder / 'matcher.json'}: captions is not a list of texts")
-        return cls(model, kind.from_pretrained(folder), CLIPImageProcessor.from_pretrained(folder), captions).eval()
+        if not isinstance(spellings, list) or not all(map(_texts, spellings)):
+            raise WeightsError(f"{folder / 'matcher.json'}: spellings is not a list of lists of texts")
+        processor = CLIPImageProcessor.from_pretrained(folder)
+        return cls(model, kind.from_pretrained(folder), processor, captions, spellings).eval()
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def find_spellings(columns: list[list[str]]) -> list[list[str]]:
+    """Of captions, a list of N for each column, those that stand beside each other at the very same pictures.
+
+    A caption of more pictures (of a kind of herb, say, beside the herb's name) is no spelling of another.
+    """
+    places: dict[str, set[int]] = {}
+    for column in columns:
+        for i, caption in enumerate(column):
+            places.setdefault(caption, set()).add(i)
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for caption, rows in places.items():
+        groups.setdefault(tuple(sorted(rows)), []).append(caption)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 class Preset(NamedTuple):

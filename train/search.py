@@ -9,6 +9,8 @@ Shapes: N pictures of the index, M names, E width of the shared space.
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +18,9 @@ import torch
 from torch import Tensor
 
 from data.folder import SUFFIXES, DataError, list_pictures, read_picture
-from miniclip.weights import WeightsError, load_file, read_json, save_file, write_json
+from miniclip.weights import WeightsError, load_file, load_folder, read_json, save_file, write_json
 from train.common import Progress, UserError, flag, make_folder, parse_flags, pick_device, run, save_grid
+from train.latent import checksum
 from train.matcher import Matcher
 from train.stream import readable
 
@@ -46,8 +49,11 @@ def main(cfg: SearchConfig) -> None:
     matcher = Matcher.load(model).to(pick_device(cfg.device))
     folder = Path(cfg.index or Path(cfg.run) / (f"index-{Path(cfg.pictures).name}" if cfg.pictures else "index"))
     if cfg.pictures:
-        build_index(matcher, cfg.pictures, folder)
+        build_index(matcher, cfg.pictures, folder, weights_of(model))
     index = Index.load(folder)
+    if index.weights is not None and index.weights != weights_of(model):
+        print(f"warning: {folder} was made with other weights than {model} has now: its answers mean little; "
+              f"index again with --pictures FOLDER --index {folder}", file=sys.stderr)
 
     if cfg.text:
         matcher.warn_long([cfg.text])
@@ -57,11 +63,11 @@ def main(cfg: SearchConfig) -> None:
         names = [n.strip() for n in cfg.names.split(",") if n.strip()] or matcher.captions
         if names:
             print("its name:")
-            tell(best(matcher.embed_texts(names), query, cfg.top), names, matcher.model.logit_scale.exp().item())
+            tell(best_things(matcher, names, query, cfg.top), matcher.model.logit_scale.exp().item())
         print("pictures like it:")
     hits = best(index.embeddings, query, cfg.top)
-    tell(hits, [f"{c}  {f}" if c else f for f, c in zip(index.files, index.captions, strict=True)])
-    show(hits, index, Path(cfg.out or Path(cfg.run) / "hits.png"), matcher.size)
+    tell([(index.describe(place), score) for place, score in hits])
+    show([index.path(place) for place, _ in hits], Path(cfg.out or Path(cfg.run) / "hits.png"), matcher.size)
 
 
 def best(embeddings: Tensor, query: Tensor, top: int) -> list[tuple[int, float]]:
@@ -73,20 +79,32 @@ def best(embeddings: Tensor, query: Tensor, top: int) -> list[tuple[int, float]]
     return list(zip(places.tolist(), values.tolist(), strict=True))
 
 
-def tell(hits: list[tuple[int, float]], names: list[str], scale: float | None = None) -> None:
-    """Prints the hits; with a scale also how sure the model is among all names that are shown."""
+def best_things(matcher: Matcher, names: list[str], query: Tensor, top: int) -> list[tuple[str, float]]:
+    """The `top` things with their cosines: spellings of one thing are one answer, as near as the nearest.
+
+    (Their sum would favour things of many spellings.)
+    """
+    thing = {name: i for i, group in enumerate(matcher.spellings) for name in group}
+    found: dict[int | str, list[tuple[str, float]]] = {}
+    for place, score in best(matcher.embed_texts(names), query, len(names)):
+        found.setdefault(thing.get(names[place], names[place]), []).append((names[place], score))
+    return [(" / ".join(name for name, _ in group), group[0][1]) for group in list(found.values())[:top]]
+
+
+def tell(hits: list[tuple[str, float]], scale: float | None = None) -> None:
+    """Prints the hits; with a scale also how sure the model is among all that are shown."""
     shares = torch.softmax(torch.tensor([score for _, score in hits]) * scale, dim=0).tolist() if scale else None
-    for rank, (place, score) in enumerate(hits):
+    for rank, (name, score) in enumerate(hits):
         share = f"  {shares[rank]:6.1%}" if shares else ""
-        print(f"  {rank + 1}. {score:+.3f}{share}  {names[place]}")
+        print(f"  {rank + 1}. {score:+.3f}{share}  {name}")
 
 
-def show(hits: list[tuple[int, float]], index: Index, path: Path, size: int) -> None:
+def show(files: list[str], path: Path, size: int) -> None:
     """A row of the pictures that were hit. A file that is gone is left out."""
     pictures = []
-    for place, _ in hits:
+    for file in files:
         try:
-            pictures.append(as_floats(index.files[place], size))
+            pictures.append(as_floats(file, size))
         except DataError as error:
             print(f"  ({error})")
     if pictures:
@@ -110,6 +128,8 @@ class Index:
     files: list[str]
     captions: list[str]
     embeddings: Tensor
+    root: str = ""                  # the folder that relative files start from; "": the current one
+    weights: int | None = None      # checksum of the model's weights; older indexes have neither
 
     @classmethod
     def load(cls, folder: Path) -> Index:
@@ -124,16 +144,48 @@ class Index:
         if embeddings is None or embeddings.ndim != 2 or not len(embeddings) == len(files) == len(captions):
             shape = None if embeddings is None else list(embeddings.shape)
             raise WeightsError(f"{folder}: {len(files)} files, {len(captions)} captions, embeddings of shape {shape}")
-        return cls(files, captions, embeddings)
+        root, weights = lists.get("root"), lists.get("weights")
+        if not isinstance(root, str | None) or not isinstance(weights, int | None):
+            said = f"root = {root!r}, weights = {weights!r}"
+            raise WeightsError(f"{folder / 'index.json'}: {said}: not a text and a number")
+        root = "" if root is None else os.path.realpath(folder / root)
+        return cls(files, captions, embeddings, root, weights)
+
+    def path(self, place: int) -> str:
+        """Where a picture is: from the root, else from the current folder; relative if it lies in that."""
+        below = [os.path.normpath(os.path.join(root, self.files[place])) for root in (self.root, "")]
+        found = Path(next(filter(os.path.exists, below), below[0]))
+        return str(found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found)
+
+    def describe(self, place: int) -> str:
+        return f"{self.captions[place]}  {self.path(place)}".strip()
 
 
-def save_index(folder: Path, files: list[str], captions: list[str], embeddings: Tensor) -> None:
+def save_index(folder: Path, files: list[str], captions: list[str], embeddings: Tensor,
+               weights: int | None = None) -> None:
     make_folder(folder)
     save_file({"embeddings": embeddings.contiguous()}, folder / "embeddings.safetensors")
-    write_json(folder / "index.json", {"files": files, "captions": captions})
+    root, files = anchored(folder, files)
+    lists = {"files": files, "captions": captions}
+    write_json(folder / "index.json", {**lists, "root": root, "weights": weights})
 
 
-def index_files(matcher: Matcher, files: list[str], captions: list[str], folder: Path | None) -> list[str]:
+def anchored(folder: Path, files: list[str]) -> tuple[str, list[str]]:
+    """The current folder as seen from the index's, and the files from there: so they are found from anywhere,
+    also after a move of the whole project. What lies outside of the current folder gets a full path."""
+    here, folder = Path.cwd(), Path(os.path.realpath(folder))
+    root = Path(os.path.relpath(here, folder)) if folder.is_relative_to(here) else here
+    paths = [Path(file) for file in files]
+    return root.as_posix(), [(p.relative_to(here) if p.is_relative_to(here) else p).as_posix() for p in paths]
+
+
+def weights_of(model: Path) -> int:
+    """A checksum of the weights in a model's folder: vectors of other weights cannot be compared."""
+    return checksum(load_folder(model, "model").values(), "")
+
+
+def index_files(matcher: Matcher, files: list[str], captions: list[str], folder: Path | None,
+                weights: int | None = None) -> list[str]:
     """The index of all pictures that can be read, a batch in memory at a time; returns what is wrong with the others.
 
     folder: None where another process writes it (with weights that are shared out, all have to compute).
@@ -148,11 +200,11 @@ def index_files(matcher: Matcher, files: list[str], captions: list[str], folder:
     if not kept:
         raise DataError(f"none of {len(files)} pictures can be read: {broken[0]}")
     if folder is not None:
-        save_index(folder, [files[i] for i in kept], [captions[i] for i in kept], torch.cat(vectors))
+        save_index(folder, [files[i] for i in kept], [captions[i] for i in kept], torch.cat(vectors), weights)
     return broken
 
 
-def build_index(matcher: Matcher, pictures: str, folder: Path) -> None:
+def build_index(matcher: Matcher, pictures: str, folder: Path, weights: int) -> None:
     """Embeds every picture below a folder, whether it has captions or not. Broken files are named and left out."""
     try:
         source = list_pictures(pictures)
@@ -162,7 +214,7 @@ def build_index(matcher: Matcher, pictures: str, folder: Path) -> None:
         captions = [""] * len(files)
         if not files:
             raise
-    broken = index_files(matcher, files, captions, folder)
+    broken = index_files(matcher, files, captions, folder, weights)
     for message in broken[:10]:
         print(f"  left out: {message}")
     print(f"{len(files) - len(broken)} pictures indexed in {folder}" + f", {len(broken)} left out" * bool(broken))

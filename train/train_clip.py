@@ -72,7 +72,7 @@ from train.common import (
     stop_unless_finite,
 )
 from train.lora import CLIP_PROJECTIONS, add_lora, check_lora, merged, save_adapter
-from train.matcher import PRESETS, Matcher, build_matcher
+from train.matcher import PRESETS, Matcher, build_matcher, find_spellings
 from train.optim import build_optimizers, set_learning_rate
 from train.parallel import (
     Group,
@@ -87,7 +87,7 @@ from train.parallel import (
     see_whole_batch,
     shard,
 )
-from train.search import index_files, save_index
+from train.search import index_files, save_index, weights_of
 from train.stream import Skipped, check_workers, first_pictures, from_step
 
 
@@ -161,6 +161,7 @@ def main(cfg: TrainConfig) -> None:
     # ---- model
     torch.manual_seed(cfg.seed)
     matcher = initial_matcher(cfg, [c for column in train.captions for c in column])
+    matcher.spellings = find_spellings(train.captions)
     check_shares(cfg, group, matcher)
     if cfg.shard:                                           # FSDP takes the towers block by block: they may not fit in one
         matcher.model.logit_scale.data = matcher.model.logit_scale.data.to(device)
@@ -435,13 +436,15 @@ def some_of(pairs: Pairs, cfg: TrainConfig) -> Pairs:
 
 def write_index(matcher: Matcher, pairs: Pairs, cfg: TrainConfig, skipped: Skipped) -> None:
     """The index of all pictures; of a stream those that can be read. Only the first process writes."""
-    folder = Path(cfg.out) / "index" if skipped.group.main else None
+    out, folder, weights = Path(cfg.out), None, None
+    if skipped.group.main:
+        folder, weights = out / "index", weights_of(out / "model")      # the last evaluation saved them
     if cfg.stream:
-        skipped.add(index_files(matcher, pairs.files, pairs.captions[0], folder))
+        skipped.add(index_files(matcher, pairs.files, pairs.captions[0], folder, weights))
         return
     vectors = matcher.embed_pictures(pairs.pictures)
     if folder is not None:
-        save_index(folder, pairs.files, pairs.captions[0], vectors)
+        save_index(folder, pairs.files, pairs.captions[0], vectors, weights)
 
 
 def indices(texts: list[str]) -> Tensor:
