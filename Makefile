@@ -42,8 +42,10 @@ $(VENV)/parity.stamp: $(VENV)/test.stamp
 	$(RUN) -m pip install --quiet --editable ".[test,parity]"
 	$(RUN) -c "open('$@', 'w')"
 
+# written/ is cleared first: train.sample would number on from the pictures of the last demo
 demo: $(VENV)/base.stamp
 	$(RUN) -m train.train_diffusion --data data/calligraphy --out $(DEMO_OUT)
+	$(RUN) -c "import shutil; shutil.rmtree('$(DEMO_OUT)/written', True)"
 	$(RUN) -m train.sample --run $(DEMO_OUT) --prompt "春 草書" --count 20 --seed 7 --out $(DEMO_OUT)/written
 
 demo-clip: $(VENV)/base.stamp

@@ -21,7 +21,7 @@ from train.evaluate import aligned_distance, nearest_aligned
 from train.optim import build_optimizers, orthogonalize, set_learning_rate
 from train.sample import SampleConfig
 from train.train_diffusion import TrainConfig, optimal_denoiser
-from train.writer import PRESETS, PictureFormat, Preset, Writer, build_writer
+from train.writer import PRESETS, PictureFormat, Preset, Writer, build_writer, take_apart
 
 ROOT = Path(__file__).parent.parent
 TINY = TrainConfig(data=str(ROOT / "data" / "calligraphy"), size=16, fold=2, preset="tiny", steps=4, batch=4, samples=1,
@@ -132,6 +132,51 @@ def test_sample_script_writes_grey_pictures_and_warns_of_unknown_words(tmp_path:
         assert picture.mode == "L" and picture.size == (16, 16)
     warning = capsys.readouterr().err
     assert "龍" in warning and "春" in warning and "草書" not in warning.split(";")[0]
+
+
+def test_new_pictures_are_numbered_on(tmp_path: Path, capsys) -> None:
+    """Those of an earlier call stay; the grid shows the new ones, and the last line says which they are."""
+    run, out = train(tmp_path / "run"), tmp_path / "out"
+    cfg = SampleConfig(run=str(run), prompt="春", count=3, steps=1, out=str(out), device="cpu")
+    sample.main(cfg)
+    first = [(out / f"000{i}.png").read_bytes() for i in range(3)]
+    assert "3 pictures in" in (said := capsys.readouterr().out) and "0000.png to 0002.png" in said
+    (out / "mine.png").write_bytes(b"not ours")
+    sample.main(dataclasses.replace(cfg, prompt="坤", count=2, seed=1))
+    assert "2 pictures in" in (said := capsys.readouterr().out) and "0003.png to 0004.png" in said
+    names = ["0000.png", "0001.png", "0002.png", "0003.png", "0004.png", "grid.png", "mine.png"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert first == [(out / f"000{i}.png").read_bytes() for i in range(3)]
+    with Image.open(out / "grid.png") as grid:
+        assert grid.size == (2 * 17 + 1, 17 + 1)            # two pictures of 16 x 16, a frame around each
+
+
+def test_words_written_together_and_words_never_together(tmp_path: Path, capsys) -> None:
+    cfg = SampleConfig(run=str(train(tmp_path / "run")), count=2, steps=1, device="cpu")
+
+    def told(prompt: str, out: str = "b") -> str:
+        sample.main(dataclasses.replace(cfg, prompt=prompt, out=str(tmp_path / out)))
+        return capsys.readouterr().err
+
+    assert told("春 草書", "a") == ""
+    assert told("春草書") == "note: 春草書 is read as 春 草書\n"
+    assert (tmp_path / "a" / "0001.png").read_bytes() == (tmp_path / "b" / "0001.png").read_bytes()
+    assert "never saw 龍草書" in told("龍草書")
+    hands = "楷書 行書 草書 行楷 重楷"
+    for prompt in ("春 坤", "春坤"):
+        said = told(prompt).splitlines()
+        assert said[-1] == ("warning: no training caption holds 春、坤 together, so expect one of them in a "
+                            f"picture; 春 goes with {hands}; 坤 goes with {hands}")
+        assert len(said) == 2 - (" " in prompt)
+    assert "holds 草書、行書 together" in told("春 草書 行書")       # 春 goes with both
+
+
+def test_a_word_is_taken_apart_in_one_way_only() -> None:
+    assert take_apart("春草書", {"春", "草書", "行書"}) == ["春", "草書"]
+    assert take_apart("ab", {"a", "b", "ab"}) == ["ab"]
+    assert take_apart("abc", {"a", "bc", "ab", "c"}) == ["abc"]     # a bc, or ab c?
+    assert take_apart("abd", {"a", "b"}) == ["abd"]
+    assert take_apart("a" * 60 + "b", {"a", "aa"}) == ["a" * 60 + "b"]      # and quickly
 
 
 def test_one_picture_overfits_to_30_dB(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ Shapes: B batch, C picture channels, S picture size, f fold, T text tokens, D te
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,9 +128,26 @@ class Writer(nn.Module):
         dice = torch.Generator().manual_seed(seed)
         return [fitting[i] for i in torch.randint(len(fitting), (count,), generator=dice).tolist()]
 
+    def known_words(self) -> dict[str, None]:
+        """The words of the captions, in order."""
+        return dict.fromkeys(word for caption in self.captions for word in caption.split())
+
     def unknown_words(self, prompt: str) -> list[str]:
-        known = {word for caption in self.captions for word in caption.split()}
+        known = self.known_words()
         return [word for word in prompt.split() if word not in known]
+
+    def spaced(self, prompt: str) -> str:
+        """The prompt with each unknown word taken apart that is known ones, written together."""
+        known = self.known_words()
+        return " ".join(part for word in prompt.split() for part in take_apart(word, known))
+
+    def strangers(self, prompt: str) -> dict[str, list[str]]:
+        """The known words of a prompt that share a caption with not all others of them; with whom they do."""
+        known, captions = self.known_words(), [caption.split() for caption in self.captions]
+        beside = {word: dict.fromkeys(w for caption in captions if word in caption for w in caption)
+                  for word in prompt.split() if word in known}
+        return {word: [w for w in others if w != word] for word, others in beside.items()
+                if not beside.keys() <= others.keys()}
 
     def save(self, folder: str | Path) -> None:
         """Folders `unet`, `text_encoder`, `tokenizer`, `scheduler` that diffusers and transformers open, and ours."""
@@ -162,6 +179,17 @@ class Writer(nn.Module):
             raise WeightsError(f"{folder / 'writer.json'}: {picture} does not fit a UNet of "
                                f"{writer.unet.config.in_channels} channels")
         return writer.eval()
+
+
+def take_apart(word: str, known: Container[str]) -> list[str]:
+    """春草書 -> 春, 草書. Known words stay whole, and those that are known ones in no way or in several."""
+    if word in known:
+        return [word]
+    ways: list[list[list[str]]] = [[[]]]        # for each length up to two ways to write so much of the word
+    for end in range(1, len(word) + 1):
+        ways.append([[*way, word[begin:end]] for begin in range(end) if word[begin:end] in known
+                     for way in ways[begin]][:2])
+    return ways[-1][0] if len(ways[-1]) == 1 else [word]
 
 
 class Preset(NamedTuple):
