@@ -399,8 +399,8 @@ def simple_config(state_dict: dict[str, Tensor]) -> SimpleCLIPConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m miniclip.convert",
-                                     description="Reads a CLIP checkpoint of any family, writes a model folder.")
+    what = "Reads a CLIP checkpoint of any family, writes a model folder."
+    parser = argparse.ArgumentParser("python -m miniclip.convert", description=what)
     parser.add_argument("file", help="OpenAI's .pt, an OpenCLIP file, the tutorial's best.pt, or a folder")
     parser.add_argument("folder", help="where config.json and model.safetensors go")
     parser.add_argument("--name", help="which OpenCLIP model the file is, e.g. ViT-B-32 or ViT-B-32-quickgelu")
@@ -409,7 +409,8 @@ def main(argv: list[str] | None = None) -> int:
     def convert() -> None:
         model = load(arguments.file, arguments.name)
         model.save_pretrained(arguments.folder)
-        print(f"{type(model).__name__}, {model.num_parameters() / 1e6:.2f} M parameters -> {arguments.folder}")
+        size = f"{model.num_parameters() / 1e6:.2f} M parameters"
+        print(f"{type(model).__name__}, {size} -> {arguments.folder}")
 
     return run("convert", convert)
 

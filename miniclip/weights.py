@@ -63,8 +63,9 @@ class WeightsError(ValueError):
 def need_folder(folder: str | os.PathLike) -> None:
     """Raises WeightsError for what is no local folder, such as a name on a model hub."""
     if not os.path.isdir(folder):
-        problem = "a file, not a folder" if os.path.exists(folder) else f"no such folder or file; {LOCAL_ONLY}"
-        raise WeightsError(f"{_name(folder)}: {problem}")
+        there = os.path.exists(folder)
+        raise WeightsError(f"{_name(folder)}: " + ("a file, not a folder" if there else
+                                                   f"no such folder or file; {LOCAL_ONLY}"))
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
@@ -534,19 +535,20 @@ def _listed(names: list[str]) -> str:
 
 def _misplaced(folder: str, values: dict[str, Any], wanted: str, error: ConfigError) -> str:
     """A ConfigError's line, which says first if `folder` is a training run's, or of another class."""
-    inside = [os.path.dirname(path) for path in glob.glob("model/**/config.json", root_dir=folder, recursive=True)]
+    inside = glob.glob(os.path.join(glob.escape(folder), "model", "**", "config.json"), recursive=True)
     named = _class_named(values)
     if inside and named is None:
-        models = {path: _class_named(read_json(os.path.join(folder, path, "config.json"))) for path in sorted(inside)}
-        listed = ", ".join(f"{os.path.join(folder, path)} ({name})" for path, name in models.items())
-        return f"{folder}: the folder of a run, no {wanted}; the models in it: {listed}"
-    return str(error) if named in (None, wanted) else f"{folder}: the folder of a {named}; as a {wanted}: {error}"
+        models = [f"{os.path.dirname(path)} ({_class_named(read_json(path))})" for path in sorted(inside)]
+        return f"{folder}: the folder of a run, no {wanted}; the models in it: {', '.join(models)}"
+    if named in (None, wanted):
+        return str(error)
+    return f"{folder}: the folder of a {named}; as a {wanted}: {error}"
 
 
 def _class_named(values: dict[str, Any]) -> str | None:
     """The class that a config.json names, as transformers or as diffusers does."""
-    architectures = values.get("architectures")
-    name = architectures[0] if isinstance(architectures, list) and architectures else values.get("_class_name")
+    listed = values.get("architectures")
+    name = listed[0] if isinstance(listed, list) and listed else values.get("_class_name")
     return _short(name)[1:-1] if isinstance(name, str) else None
 
 

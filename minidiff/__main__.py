@@ -27,11 +27,14 @@ SAMPLERS = {
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m minidiff", "%(prog)s --model FOLDER --prompt TEXT [options]",
-                                     "Pictures from a Stable Diffusion checkpoint on this disk; nothing is downloaded.")
+    usage = "%(prog)s --model PATH --prompt TEXT [options]"
+    what = "Pictures from a Stable Diffusion checkpoint on this disk; nothing is downloaded."
+    parser = argparse.ArgumentParser("python -m minidiff", usage, what)
     add = parser.add_argument_group("the model").add_argument
-    add("--model", required=True, metavar="PATH", help="a folder as diffusers writes it, or a .safetensors or .ckpt file")
-    add("--tokenizer", metavar="PATH", help="for a single file: a tokenizer's folder, or bpe_simple_vocab_16e6.txt.gz")
+    add("--model", required=True, metavar="PATH",
+        help="a folder as diffusers writes it, or a .safetensors or .ckpt file")
+    add("--tokenizer", metavar="PATH",
+        help="for a single file: a tokenizer's folder, or bpe_simple_vocab_16e6.txt.gz")
     add("--variant", metavar="NAME", help="of the folder's weight files, e.g. fp16 (default: none)")
     add("--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="default: %(default)s")
     add("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
@@ -40,20 +43,21 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--negative", metavar="TEXT", help="what it does not show (default: nothing)")
     add("--image", metavar="FILE", help="start from this picture")
     add("--mask", metavar="FILE", help="with --image: paint anew where this picture is white")
-    add("--strength", type=float, metavar="S", help="part of the steps to walk with --image, in (0, 1] "
-                                                    "(default: 0.8, with --mask 1)")
+    add("--strength", type=float, metavar="S",
+        help="part of the steps to walk with --image, in (0, 1] (default: 0.8, with --mask 1)")
     add("--height", type=int, metavar="PIXELS", help="default: the model's own, or that of --image")
     add("--width", type=int, metavar="PIXELS", help="likewise")
     add = parser.add_argument_group("how").add_argument
     add("--sampler", choices=SAMPLERS, help="default: the checkpoint's own")
-    add("--steps", type=int, default=50, metavar="N", help="denoising steps, 1 to 1000 (default: %(default)s)")
+    add("--steps", type=int, default=50, metavar="N", help="of denoising, 1 to 1000 (default: %(default)s)")
     add("--guidance", type=float, metavar="G",
         help="1 = the prompt alone, 0 = no prompt at all (default: 7.5, for SDXL 5)")
-    add("--seed", type=int, default=0, metavar="N", help="picture i has the seed N + i (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="picture i has seed N + i (default: %(default)s)")
     add = parser.add_argument_group("how many, and where").add_argument
     add("--count", type=int, default=1, metavar="N", help="pictures to draw (default: %(default)s)")
     add("--batch", type=int, default=1, metavar="N", help="pictures at a time (default: %(default)s)")
-    add("--out", default="out", metavar="FOLDER", help="for the pictures 0000.png, 0001.png ... (default: %(default)s)")
+    add("--out", default="out", metavar="FOLDER",
+        help="for the pictures 0000.png, 0001.png ... (default: %(default)s)")
     return parser.parse_args(argv)
 
 
@@ -62,7 +66,7 @@ def check(a: argparse.Namespace) -> None:
     if a.count < 1 or a.batch < 1:
         raise ValueError(f"--count {a.count} and --batch {a.batch} must be at least 1")
     if not -(2**63) <= a.seed <= 2**64 - a.count:
-        raise ValueError(f"--seed {a.seed}: with --count {a.count} it must lie in -2**63 .. 2**64 - {a.count}")
+        raise ValueError(f"--seed {a.seed}: with --count {a.count} from -2**63 to 2**64 - {a.count}")
     if a.guidance is not None and not math.isfinite(a.guidance):
         raise ValueError(f"--guidance {a.guidance}: not a finite number")
 

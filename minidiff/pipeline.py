@@ -550,7 +550,7 @@ def _listed(text: str | list[str], count: int, name: str) -> list[str]:
 
 
 def to_pil(pictures: Tensor) -> list[Any]:
-    """[B, 3, H, W] in 0 to 1 -> Pillow pictures. Raises ValueError for what would be a black picture by mistake."""
+    """[B, 3, H, W] in 0 to 1 -> Pillow pictures. Raises ValueError for NaN, which would become black."""
     from PIL import Image
 
     if not pictures.isfinite().all():

@@ -216,8 +216,8 @@ class UNet2DConditionModel(ModelFolder, nn.Module):
                 return_dict: bool = True) -> UNet2DConditionOutput | tuple[Tensor]:
         """One prediction.
 
-        sample [B, in_channels, H, W] of any H and W; timestep a number, [1] or [B]; encoder_hidden_states [B, S, D],
-        which only a model without cross-attention may leave out;
+        sample [B, in_channels, H, W] of any H and W; timestep a number, [1] or [B];
+        encoder_hidden_states [B, S, D], which only a model without cross-attention may leave out;
         attention_mask [B, H*W] and encoder_attention_mask [B, S], 1 = look, 0 = do not. The residuals are a
         ControlNet's (down_block_..., mid_block_...) or a T2I-Adapter's (down_intrablock_...), never changed in place.
         added_cond_kwargs holds SDXL's text_embeds [B, P] and time_ids [B, 6].
@@ -293,7 +293,8 @@ class UNet2DConditionModel(ModelFolder, nn.Module):
         widths = {c.encoder_hid_dim} if c.encoder_hid_dim else set(c.per_level("cross_attention_dim"))
         if text is None and any(map(c.attends, range(len(c.block_out_channels)))):
             D = " or ".join(map(str, sorted(widths)))
-            raise ValueError(f"encoder_hidden_states are missing: this model attends to a text [{len(sample)}, tokens, {D}]")
+            raise ValueError("encoder_hidden_states are missing: this model attends to a text "
+                             f"[{len(sample)}, tokens, {D}]")
         if text is not None and (text.ndim != 3 or len(text) != len(sample)):
             raise ValueError(f"encoder_hidden_states is {list(text.shape)}, not [{len(sample)}, tokens, width]")
         if text is not None and text.shape[-1] not in widths:

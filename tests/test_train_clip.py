@@ -94,7 +94,8 @@ def test_spellings_of_one_thing_are_one_answer(tmp_path, capsys):
     train_clip.main(config(out, hold_out="artist=twitter"))
     said = hits(capsys, out, image=str(HERBS / "garlic_google.png"), top=9).out.split("pictures like it")[0]
     answers = [set(line.split("%  ")[1].split(" / ")) for line in said.splitlines()[1:]]
-    herbs = [{"薑", "姜", "ginger root"}, {"草藥", "药草", "herb"}, {"大蒜", "蒜", "garlic"}, {"辣椒", "红辣椒", "hot pepper"}]
+    herbs = [{"薑", "姜", "ginger root"}, {"草藥", "药草", "herb"}, {"大蒜", "蒜", "garlic"},
+             {"辣椒", "红辣椒", "hot pepper"}]
     assert len(answers) == 4 and all(herb in answers for herb in herbs)
     shares = [float(line.split("%")[0].split()[-1]) for line in said.splitlines()[1:]]
     assert sum(shares) == pytest.approx(100, abs=0.3) and shares == sorted(shares, reverse=True)
@@ -109,7 +110,7 @@ def test_spellings_of_one_thing_are_one_answer(tmp_path, capsys):
 
 
 def test_what_is_a_spelling():
-    """A name beside a name at the same pictures; not the kind that several things are of, nor one of two synonyms."""
+    """A name beside a name at the same pictures; not the kind of several things, nor one of two synonyms."""
     names, others = ["薑", "薑", "蒜", "梅"], ["ginger", "ginger", "garlic", "plum"]
     assert find_spellings([names]) == []
     assert find_spellings([names, others]) == [["薑", "ginger"], ["蒜", "garlic"], ["梅", "plum"]]
@@ -122,11 +123,12 @@ def test_an_index_of_other_weights_is_said_to_be_that(tmp_path, capsys):
     train_clip.main(config(out, steps=2))
     assert hits(capsys, out, text="薑").err == ""
     hits(capsys, out, text="薑", pictures=str(HERBS))
-    train_clip.main(config(out, steps=3))                       # writes its own index anew, not that of --pictures
+    train_clip.main(config(out, steps=3))                       # renews its own index, not that of --pictures
     assert hits(capsys, out, text="薑").err == ""
     other = str(out / "index-herbs")
     said = hits(capsys, out, text="薑", index=other).err
-    assert said.startswith("warning: ") and said.count("\n") == 1 and f"--pictures FOLDER --index {other}" in said
+    assert said.startswith("warning: ") and said.count("\n") == 1
+    assert f"--pictures FOLDER --index {other}" in said
     assert hits(capsys, out, text="薑", index=other, pictures=str(HERBS)).err == ""
     assert hits(capsys, out, text="薑", index=other).err == ""
     lists = read_json(out / "index" / "index.json")
@@ -151,7 +153,7 @@ def test_pictures_are_found_from_any_folder_and_after_a_move(tmp_path, capsys, m
         assert "cannot be read" not in said and str(Path("project", "pictures", "herb_google.png")) in said
         old = read_json(out / "index" / "index.json")
         write_json(out / "index" / "index.json", {name: old[name] for name in ("files", "captions")})
-        assert hits(capsys, out, text="薑", top=8).out.count("cannot be read") == 8     # an older index, from elsewhere
+        assert hits(capsys, out, text="薑", top=8).out.count("cannot be read") == 8         # an older index
         monkeypatch.chdir(project)
         assert "cannot be read" not in hits(capsys, out, text="薑", top=8).out
         write_json(out / "index" / "index.json", old)
