@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import re
 from pathlib import Path
 
 import pytest
 
-from train import compare
+from train import compare, report
 from train.common import UserError
-from train.report import curves, diagnose
+from train.report import curve, curves, diagnose, log_ticks, ticks
 
 
 def rows(loss, steps: int = 200, **more) -> list[dict]:
@@ -49,6 +51,55 @@ def test_curves_show_what_is_there() -> None:
                   "Memory"):
         assert f"<h2>{title}</h2>" in page
     assert "timestep 99" in page and "Temperature" not in page
+
+
+def drawn(lines: dict, log: bool = True) -> tuple[str, list[str], list[str]]:
+    """A plot with the texts beside its y axis, from below, and those under its x axis."""
+    svg = curve(lines, "step", "MiB", log)
+    return svg, *(re.findall(f'text-anchor="{side}">([^<]*)</text>', svg) for side in ("end", "middle"))
+
+
+AXES = [    # lowest and highest value, logarithmic or not, what is to be written there
+    (1380, 1421, False, "1,380 1,390 1,400 1,410 1,420 1,430"),
+    (2.0601, 2.0644, False, "2.060 2.061 2.062 2.063 2.064 2.065"),
+    (1400, 1400, False, "0 500 1,000 1,500"), (0, 0, False, "0.0 0.2 0.4 0.6 0.8 1.0"),
+    (-0.2, 0.1, False, "-0.2 -0.1 0.0 0.1"), (0, 2e7, False, "0 5.0e6 1.0e7 1.5e7 2.0e7"),
+    (1e-9, 3e-9, False, "1.0e-9 1.5e-9 2.0e-9 2.5e-9 3.0e-9"),
+    (0.28, 0.33, True, "0.28 0.29 0.30 0.31 0.32 0.33"), (0.06, 0.4, True, "0.05 0.1 0.2 0.5"),
+    (0.0193, 1.01, True, "0.01 0.02 0.05 0.1 0.2 0.5 1 2"), (0.5, 0.5, True, "0.1 0.2 0.3 0.4 0.5"),
+    (3e-5, 2500, True, "0.0001 0.01 1 100"), (800, 12000, True, "500 1,000 2,000 5,000 10,000 20,000"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("low, high, log, texts", AXES)
+def test_axes_have_round_numbers(low: float, high: float, log: bool, texts: str) -> None:
+    svg, found, _ = drawn({"a": [(0, low), (30, high)]}, log)
+    assert found == texts.split(" ") and ("MiB, log scale" in svg) == log
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_axes_tell_apart_what_they_enclose(log: bool) -> None:
+    """Whatever the numbers: no text twice, each says where it stands, no line leaves the axes."""
+    dice = random.Random(0)
+    for _ in range(300):
+        low = 10 ** dice.uniform(-8, 8)
+        high = low * 10 ** (10 ** dice.uniform(-5, 1))
+        marks = (log_ticks if log else ticks)(low, high)
+        assert 2 <= len({text for _, text in marks}) == len(marks) <= 8
+        assert all(float(text.replace(",", "")) == pytest.approx(value, rel=1e-6) for value, text in marks)
+        svg, _, under = drawn({"a": [(3, low), (dice.randint(4, 10**6), high), (3, low)]}, log)
+        heights = [float(y) for y in re.findall(r',([-\d.]+)[ "]', re.search('points="[^"]*"', svg)[0])]
+        assert all(report.ABOVE - 0.1 <= y <= report.HEIGHT - report.BELOW + 0.1 for y in heights)
+        assert len(set(under)) == len(under)
+        assert all(text.replace(",", "").isdigit() for text in under[:-1])          # the last is "step"
+
+
+def test_letters_can_be_read_on_a_phone() -> None:
+    """390 pixels wide, of which the page's margins take 32."""
+    svg = curve({"甲": [(0, 1.0), (1, 2.0)]}, "step", "loss")
+    width, size = (float(re.search(p, svg)[1]) for p in (r'viewBox="0 0 (\d+) ', r'font-size="(\d+)"'))
+    assert size * (390 - 32) / width >= 11 and svg.count("font-size") == 1
+    assert "svg { display: block; width: 100%" in report.STYLE
 
 
 def run_folder(folder: Path, metrics: list[dict], **config) -> str:

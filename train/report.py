@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import html
 import math
+import re
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,18 @@ from miniclip.weights import atomic_write
 
 Series = Sequence[tuple[float, float]]
 
-WIDTH, HEIGHT, MARGIN = 640, 260, 48
+Ticks = list[tuple[float, str]]         # where, and what is written there
+
+WIDTH, HEIGHT = 400, 240    # of the axes with their labels; the page gives them 480 pixels at most:
+FONT, LINE = 14, 19         # letters of 12 pixels on a phone, 17 on a desk, beside text of 16
+ABOVE, BELOW, RIGHT = 30, 44, 16
 COLORS = ("#1f5fa8", "#b3541e", "#2f7d4f", "#7a4a9e", "#555555", "#a8821f", "#1f8f9e", "#b0305c")
 Rows = list[dict[str, Any]]
 STYLE = """
 body { font: 16px/1.5 system-ui, "Noto Sans CJK TC", sans-serif; max-width: 720px; margin: 2em auto; padding: 0 1em;
        color: #222; background: #fdfcf9 }
-h1, h2 { font-weight: 600 } img, svg { max-width: 100%; height: auto } figure { margin: 1.5em 0 }
+h1, h2 { font-weight: 600 } img { max-width: 100%; height: auto }
+svg { display: block; width: 100%; max-width: 480px; height: auto } figure { margin: 1.5em 0 }
 figcaption, .note { color: #666; font-size: 14px } table { border-collapse: collapse; font-size: 14px }
 td, th { padding: 2px 14px 2px 0; text-align: left; vertical-align: top } img { image-rendering: pixelated }
 .row { display: flex; flex-wrap: wrap; gap: 12px } .row figure { margin: 0; width: 31% }
@@ -34,18 +41,21 @@ def curve(series: dict[str, Series], x_label: str, y_label: str, log: bool = Tru
     kept = {name: points for name, points in kept.items() if points}
     if not kept:
         return '<p class="note">nothing to plot yet</p>'
+    xs, ys = ([point[i] for points in kept.values() for point in points] for i in (0, 1))
+    across, up = inner_ticks(min(xs), max(xs)), (log_ticks if log else ticks)(min(ys), max(ys))
+    left = 14 + round(0.6 * FONT * max(len(text) for _, text in up))
     scale = math.log10 if log else float
-    xs = [x for points in kept.values() for x, _ in points]
-    ys = [scale(y) for points in kept.values() for _, y in points]
-    x_range, y_range = (min(xs), max(xs)), (min(ys), max(ys))
+    x_range, y_range = (min(xs), max(xs)), (scale(min(up[0][0], *ys)), scale(max(up[-1][0], *ys)))
 
     def place(x: float, y: float) -> tuple[float, float]:
         right, top = _fraction(x, x_range), _fraction(scale(y), y_range)
-        return MARGIN + right * (WIDTH - 2 * MARGIN), HEIGHT - MARGIN - top * (HEIGHT - 1.6 * MARGIN)
+        return left + right * (WIDTH - left - RIGHT), HEIGHT - BELOW - top * (HEIGHT - BELOW - ABOVE)
 
-    lines = [_line(points, place, COLORS[i % len(COLORS)]) for i, points in enumerate(kept.values())]
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + 16 * len(kept)}" font-size="12" '
-            f'font-family="sans-serif">{_axes(x_range, y_range, place, log, x_label, y_label)}'
+    lines = [_line(points, place, color) for points, color in zip(kept.values(), cycle(COLORS))]
+    labels = x_label, f"{y_label}, log scale" if log else y_label
+    height = HEIGHT + LINE * sum(map(bool, kept))           # a line of legend for each that has a name
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-size="{FONT}" '
+            f'font-family="sans-serif">{_axes(across, up, place, left, *labels)}'
             f'{"".join(lines)}{_legend(list(kept))}</svg>')
 
 
@@ -60,32 +70,79 @@ def _line(points: Series, place: Any, color: str) -> str:
     return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"/>{ends}'
 
 
-def _axes(x_range: tuple, y_range: tuple, place: Any, log: bool, x_label: str, y_label: str) -> str:
+def _axes(across: Ticks, up: Ticks, place: Any, left: float, x_label: str, y_label: str) -> str:
     parts = []
-    for i in range(5):
-        y = y_range[0] + (y_range[1] - y_range[0]) * i / 4
-        y = 10**y if log else y
-        x = x_range[0] + (x_range[1] - x_range[0]) * i / 4
-        x = round(x) if x_range[1] - x_range[0] >= 8 else x         # steps are whole
-        height, right = place(x_range[0], y)[1], place(x, 10**y_range[0] if log else y_range[0])[0]
-        parts.append(f'<line x1="{MARGIN}" x2="{WIDTH - MARGIN}" y1="{height:.1f}" y2="{height:.1f}" stroke="#ddd"/>'
-                     f'<text x="{MARGIN - 6}" y="{height + 4:.1f}" text-anchor="end">{_tick(y)}</text>'
-                     f'<text x="{right:.1f}" y="{HEIGHT - MARGIN + 16}" text-anchor="middle">{x:.4g}</text>')
-    labels = (f'<text x="{WIDTH / 2}" y="{HEIGHT - 12}" text-anchor="middle">{html.escape(x_label)}</text>'
-              f'<text x="{MARGIN}" y="14">{html.escape(y_label)}</text>')
-    return "".join(parts) + labels
-
-
-def _tick(value: float) -> str:
-    """Three digits in the width of the margin: 0.251, 1.7e+03, 6.3e-04."""
-    text = f"{value:.3g}"
-    return text if len(text) <= 6 else f"{value:.1e}"
+    for y, text in up:
+        height = place(0, y)[1]
+        parts.append(f'<path d="M{left} {height:.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>'
+                     f'<text x="{left - 6}" y="{height + 5:.1f}" text-anchor="end">{text}</text>')
+    for x, text in across:
+        right, bottom = place(x, up[0][0])[0], HEIGHT - BELOW
+        parts.append(f'<path d="M{right:.1f} {bottom}v4" stroke="#999"/>'
+                     f'<text x="{right:.1f}" y="{bottom + 18}" text-anchor="middle">{text}</text>')
+    middle = (left + WIDTH - RIGHT) / 2
+    return (f'{"".join(parts)}<text x="4" y="{FONT + 2}">{html.escape(y_label)}</text>'
+            f'<text x="{middle:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{html.escape(x_label)}</text>')
 
 
 def _legend(names: list[str]) -> str:
     """Below the axes: inside them it would lie on lines that end at the top, as those of R@1 should."""
-    return "".join(f'<text x="{MARGIN}" y="{HEIGHT + 8 + 16 * i}" fill="{COLORS[i % len(COLORS)]}">— {html.escape(name)}</text>'
-                   for i, name in enumerate(names) if name)
+    return "".join(f'<text x="4" y="{HEIGHT + 10 + LINE * i}" fill="{color}">— {html.escape(name)}</text>'
+                   for i, (name, color) in enumerate(zip(names, cycle(COLORS))) if name)
+
+
+# ---- round numbers for an axis
+
+
+def ticks(low: float, high: float) -> Ticks:
+    """Up to seven round numbers, evenly spaced, that enclose low..high; from 0 if the two are one."""
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        low, high = min(low, 0.0), max(high, 0.0 if low else 1.0)
+    step = _round_step((high - low) / 5)
+    multiples = range(math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6) + 1)
+    return _labelled([i * step for i in multiples], step)
+
+
+def log_ticks(low: float, high: float) -> Ticks:
+    """For a logarithmic axis: 1, 2, 5 of each decade; powers of ten if those are many, evenly if few."""
+    exponents = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    grid = [float(f"{digit}e{e}") for e in exponents for digit in (1, 2, 5)]
+    first = max(i for i, value in enumerate(grid) if value <= low * (1 + 1e-9))
+    last = min(i for i, value in enumerate(grid) if value >= high * (1 - 1e-9))
+    round_ones = grid[first:last + 1]
+    if len(round_ones) < 4:
+        return [tick for tick in ticks(low, high) if tick[0] > 0]
+    if len(round_ones) > 8:
+        tens = [float(f"1e{e}") for e in exponents if grid[first] <= float(f"1e{e}") <= grid[last]]
+        round_ones = tens[::math.ceil(len(tens) / 7)]
+    return [_labelled([value], value)[0] for value in round_ones]
+
+
+def inner_ticks(low: float, high: float) -> Ticks:
+    """Up to five round numbers within low..high, whole ones if both ends are; low if the two are one."""
+    if high == low:
+        return _labelled([low], abs(low) or 1.0)
+    step = _round_step((high - low) / 4)
+    if float(low).is_integer() and float(high).is_integer():
+        step = max(step, 1.0)
+    multiples = range(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1)
+    return _labelled([i * step for i in multiples], step)
+
+
+def _round_step(least: float) -> float:
+    """The least of ... 0.5, 1, 2, 5, 10 ... that is no less."""
+    power = math.floor(math.log10(least))
+    steps = [float(f"{digit}e{power}") for digit in (1, 2, 5, 10)]
+    return next(step for step in steps if step >= least * (1 - 1e-9))
+
+
+def _labelled(values: list[float], step: float) -> Ticks:
+    """With the digits that numbers `step` apart need: 1,400 or 0.25, or 3e-6 where zeros would be many."""
+    size, power = max(map(abs, values)), math.floor(math.log10(step) + 1e-9)
+    if size and not 1e-4 <= size < 1e7:
+        digits = max(0, math.floor(math.log10(size) + 1e-9) - power)
+        return [(v, re.sub(r"e\+?(-?)0*", r"e\1", f"{v:.{digits}e}") if v else "0") for v in values]
+    return [(round(v, max(0, -power)), f"{v:,.{max(0, -power)}f}") for v in values]
 
 
 # ---- what a run's numbers say
