@@ -15,9 +15,9 @@ from PIL import Image
 from data.folder import PictureFolder, jitter
 from miniclip import CLIPTextModel
 from minidiff import DDPMScheduler, UNet2DConditionModel
-from train import common, sample, train_diffusion
+from train import common, evaluate, judge, sample, train_diffusion
 from train.common import parse_flags
-from train.evaluate import aligned_distance, nearest_aligned
+from train.evaluate import EvaluateConfig, aligned_distance, nearest_aligned
 from train.optim import build_optimizers, orthogonalize, set_learning_rate
 from train.sample import SampleConfig
 from train.train_diffusion import TrainConfig, optimal_denoiser
@@ -329,3 +329,23 @@ def test_aligned_distance_sees_through_a_shift() -> None:
     copies = jitter(pictures, torch.Generator().manual_seed(3))
     assert aligned_distance(pictures[:4], copies[:4]).max() < 0.15
     assert nearest_aligned(copies, pictures).median() < 0.25 * nearest_aligned(pictures, pictures, others=True).median()
+
+
+def test_evaluation_says_how_far_it_is_and_what_its_figures_are(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(judge, "load_judge", lambda folder: judge.Judge(list("春滿乾坤")))
+    monkeypatch.setattr(judge, "name_pictures", lambda _, pictures: (["春"] * len(pictures), None))
+    out = train(tmp_path / "run")
+    capsys.readouterr()
+    evaluate.main(EvaluateConfig(run=str(out), judge="a judge", count=2, steps=1, device="cpu"))
+    said, page = capsys.readouterr().out, (out / "evaluation.html").read_text(encoding="utf-8")
+    # 4 characters, alone and with hands, twice each, and 20 captions at 5 strengths; 20 samples; 80 steps for each of 3
+    # sets of pairs; 20 captions with 3 seeds, other prompts and 2 strengths of guidance
+    for work in ("picture 116/116  legible", "picture 20/20  memory", "step 240/240  memory, aligning",
+                 "picture 120/120  control"):
+        name = work.split("  ")[1]
+        assert work in said and said.index(f"{name}: ") < said.index(work)          # announced before
+    assert all(words in said and words in page for words in evaluate.CONTROL)
+    assert "control: another seed, same prompt: difference 0." in said
+    found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+    assert found["legible 春 alone"] == 1 and found["legible 滿 alone"] == 0
+    assert found["legible at guidance 3"] == 0.25 and found["another seed, same prompt"] > 0.1

@@ -6,12 +6,14 @@ legible    share of samples that an independent judge (train/judge.py) names rig
 memory     distance of each sample to its nearest training picture AFTER affine alignment, beside the distances
            between the training pictures and those of jittered copies: plain pixel distance cannot tell a shifted
            copy from a new picture
-control    how far seed, prompt and guidance move the picture
+control    how far seed, prompt and guidance move the picture, each changed alone
 Shapes: N samples, M training pictures, [N, 1, S, S] in [-1, 1].
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from torch import Tensor
 from data.folder import PictureFolder, jitter
 from miniclip.weights import read_json, write_json
 from train import report
-from train.common import UserError, flag, grid_columns, parse_flags, pick_device, run, save_grid
+from train.common import Progress, UserError, flag, grid_columns, parse_flags, pick_device, run, save_grid
 from train.writer import Writer
 
 
@@ -54,8 +56,27 @@ def main(cfg: EvaluateConfig) -> None:
     print(f"open {folder / 'evaluation.html'}")
 
 
-def write(writer: Writer, prompts: list[str], cfg: EvaluateConfig, guidance: float | None = None, seed: int = 0) -> Tensor:
-    return writer.write(prompts, cfg.seed + seed, cfg.steps, cfg.guidance if guidance is None else guidance, batch=40)
+def write(writer: Writer, prompts: list[str], cfg: EvaluateConfig, tell: Callable[[int], None],
+          guidance: float | None = None, seed: int = 0) -> Tensor:
+    guidance = cfg.guidance if guidance is None else guidance
+    pictures = writer.write(prompts, cfg.seed + seed, cfg.steps, guidance, batch=40)
+    tell(len(prompts))
+    return pictures
+
+
+def counter(what: str, total: int, unit: str = "picture") -> Callable[[int], None]:
+    """Announces some work; returns a function to be told how much more of it is done, which shows how far it is."""
+    print(f"{what}: {total} {unit}s to do", flush=True)
+    progress, done = Progress(total, unit=unit, stream=sys.stdout), 0
+
+    def tell(more: int) -> None:
+        nonlocal done
+        done += more
+        progress.show(done, what)
+        if done == total:
+            progress.close()
+
+    return tell
 
 
 # ------------------------------------------------------------------------------------------------- legible
@@ -81,18 +102,20 @@ def legible(writer: Writer, data: PictureFolder, cfg: EvaluateConfig, folder: Pa
         return [name == prompt.split()[0] for name, prompt in zip(names, prompts, strict=True)]
 
     rows, results, shown = [], {}, []
+    strengths = (0.0, 1.0, 1.5, 2.0, 3.0)
+    tell = counter("legible", 2 * len(characters) * cfg.count + len(strengths) * len(writer.captions))
     for character in characters:
         captions = [c for c in writer.captions if c.split()[0] == character]
         with_hands = [captions[i % len(captions)] for i in range(cfg.count)]
         alone = writer.completed(character, cfg.count, cfg.seed)
         for label, prompts in (("alone", alone), ("with each hand", with_hands)):
-            pictures = write(writer, prompts, cfg)
+            pictures = write(writer, prompts, cfg, tell)
             right = share(prompts, pictures)
             results[f"legible {character} {label}"] = sum(right) / len(right)
             rows.append([character, label, f"{sum(right)} of {len(right)}"])
             shown.append(pictures)
-    for guidance in (0.0, 1.0, 1.5, 2.0, 3.0):
-        right = share(writer.captions, write(writer, writer.captions, cfg, guidance))
+    for guidance in strengths:
+        right = share(writer.captions, write(writer, writer.captions, cfg, tell, guidance))
         results[f"legible at guidance {guidance:g}"] = sum(right) / len(right)
         rows.append(["each caption once", f"guidance {guidance:g}", f"{sum(right)} of {len(right)}"])
     right = share(data.captions, data.pictures())
@@ -112,14 +135,16 @@ def legible(writer: Writer, data: PictureFolder, cfg: EvaluateConfig, folder: Pa
 def memory(writer: Writer, data: PictureFolder, cfg: EvaluateConfig, folder: Path) -> tuple[dict, list[str]]:
     """Are samples copies? Aligned distances, root mean square in grey levels from -1 to 1."""
     pictures = data.pictures()
-    samples = write(writer, [data.captions[i % len(data.captions)] for i in range(max(20, len(data.captions)))][:60], cfg)
+    prompts = [data.captions[i % len(data.captions)] for i in range(max(20, len(data.captions)))][:60]
+    samples = write(writer, prompts, cfg, counter("memory", len(prompts)))
     copies = jitter(pictures, torch.Generator().manual_seed(cfg.seed))
-    groups = {
-        "samples to nearest training picture": nearest_aligned(samples, pictures),
-        "jittered copies to nearest training picture": nearest_aligned(copies, pictures),
-    }
+    pairs = {"samples to nearest training picture": (samples, pictures),
+             "jittered copies to nearest training picture": (copies, pictures)}
     if len(pictures) > 1:
-        groups["training pictures to nearest other"] = nearest_aligned(pictures, pictures, others=True)
+        pairs["training pictures to nearest other"] = (pictures, pictures)
+    tell = counter("memory, aligning", ALIGNMENT_STEPS * len(pairs), "step")
+    groups = {name: nearest_aligned(asked, bank, others=asked is bank, tell=tell)
+              for name, (asked, bank) in pairs.items()}
     rows = [[name, f"{d.median():.3f}", f"{d.min():.3f}", f"{d.max():.3f}"] for name, d in groups.items()]
     print("\n".join(f"memory: {name}: median {median}, from {low} to {high}" for name, median, low, high in rows))
     results = {f"aligned distance, {name}": d.median().item() for name, d in groups.items()}
@@ -130,7 +155,11 @@ def memory(writer: Writer, data: PictureFolder, cfg: EvaluateConfig, folder: Pat
     ]
 
 
-def nearest_aligned(pictures: Tensor, bank: Tensor, others: bool = False, candidates: int = 3) -> Tensor:
+ALIGNMENT_STEPS = 80
+
+
+def nearest_aligned(pictures: Tensor, bank: Tensor, others: bool = False, candidates: int = 3,
+                    tell: Callable[[int], None] = lambda more: None) -> Tensor:
     """Distance [N] of each picture to the nearest of the bank, each pair aligned first; `others`: not to itself.
 
     Blurred pictures choose the `candidates` worth aligning.
@@ -143,11 +172,12 @@ def nearest_aligned(pictures: Tensor, bank: Tensor, others: bool = False, candid
         rough.fill_diagonal_(float("inf"))
     chosen = rough.topk(min(candidates, len(bank) - others), largest=False).indices    # [N, k]
     k = chosen.shape[1]
-    distances = aligned_distance(bank[chosen.flatten()], pictures.repeat_interleave(k, dim=0))
+    distances = aligned_distance(bank[chosen.flatten()], pictures.repeat_interleave(k, dim=0), tell=tell)
     return distances.reshape(-1, k).min(dim=1).values
 
 
-def aligned_distance(moving: Tensor, fixed: Tensor, steps: int = 80) -> Tensor:
+def aligned_distance(moving: Tensor, fixed: Tensor, steps: int = ALIGNMENT_STEPS,
+                     tell: Callable[[int], None] = lambda more: None) -> Tensor:
     """Least root mean square difference over affine maps of `moving` [P, C, S, S] onto `fixed`, pair by pair -> [P].
 
     Found by Adam from the identity, on blurred pictures first so that strokes need not overlap at the start.
@@ -166,29 +196,36 @@ def aligned_distance(moving: Tensor, fixed: Tensor, steps: int = 80) -> Tensor:
             optimizer.zero_grad()
             loss.sum().backward()
             optimizer.step()
+            tell(1)
     return best.sqrt()
 
 
 # ------------------------------------------------------------------------------------------------- control
 
 
+CONTROL = (
+    "Control: does each setting steer the picture? One of seed, prompt and guidance is changed, the others stay.",
+    "Difference: how far that moves a pixel on the scale from -1 (black) to 1 (white), root mean square over the "
+    "picture, mean over the captions; 0 means that the setting does nothing.",
+)
+
+
 def control(writer: Writer, data: PictureFolder, cfg: EvaluateConfig, folder: Path) -> tuple[dict, list[str]]:
     """Does each control change the picture? Mean root mean square difference when one is changed alone."""
     captions = writer.captions[:20]
-    base = write(writer, captions, cfg)
-
-    def change(other: Tensor) -> float:
-        return (base - other).square().flatten(1).mean(1).sqrt().mean().item()
-
-    rows = [["another seed, same prompt", change(write(writer, captions, cfg, seed=1000))],
-            ["another prompt, same seed", change(write(writer, captions[1:] + captions[:1], cfg))],
-            ["no guidance (0), same seed and prompt", change(write(writer, captions, cfg, guidance=0.0))],
-            ["strong guidance (3), same seed and prompt", change(write(writer, captions, cfg, guidance=3.0))]]
-    print("\n".join(f"control: {name}: {value:.3f}" for name, value in rows))
-    seeds = torch.cat([write(writer, captions, cfg, seed=1000 * i) for i in range(3)])
-    save_grid(seeds, folder / "evaluation_seeds.png", columns=len(captions) if len(captions) > 1 else grid_columns(3))
+    tell = counter("control", 6 * len(captions))
+    base, second, third = (write(writer, captions, cfg, tell, seed=seed) for seed in (0, 1000, 2000))
+    others = {"another seed, same prompt": second,
+              "another prompt, same seed": write(writer, captions[1:] + captions[:1], cfg, tell),
+              "no guidance (0), same seed and prompt": write(writer, captions, cfg, tell, guidance=0.0),
+              "strong guidance (3), same seed and prompt": write(writer, captions, cfg, tell, guidance=3.0)}
+    rows = [[name, (base - x).square().flatten(1).mean(1).sqrt().mean().item()] for name, x in others.items()]
+    print("\n".join([*CONTROL, *(f"control: {name}: difference {value:.3f}" for name, value in rows)]))
+    columns = len(captions) if len(captions) > 1 else grid_columns(3)
+    save_grid(torch.cat([base, second, third]), folder / "evaluation_seeds.png", columns)
     return {name: value for name, value in rows}, [
-        "<h2>Control</h2>", report.table([[name, f"{value:.3f}"] for name, value in rows], ["changed", "difference"]),
+        f"<h2>Control</h2><p>{' '.join(CONTROL)}</p>",
+        report.table([[name, f"{value:.3f}"] for name, value in rows], ["changed", "difference"]),
         report.picture(folder / "evaluation_seeds.png", "The captions in order, three seeds below each other"),
     ]
 
