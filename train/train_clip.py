@@ -499,7 +499,7 @@ def initial_matcher(cfg: TrainConfig, captions: list[str]) -> Matcher:
     """A fresh matcher or the one of --init, with what shall not learn frozen."""
     matcher = loaded_matcher(cfg, captions) if cfg.init else build_matcher(PRESETS[cfg.preset], cfg.size, captions)
     for norm in (module for module in matcher.modules() if isinstance(module, nn.BatchNorm2d)):
-        norm.momentum = 0.3         # torch's 0.1 lags behind weights that move so fast: docs/clip.md, "What was tried"
+        norm.momentum = 0.3         # torch's 0.1 lags behind weights that move so fast (docs/clip.md)
     freeze_named(matcher.model, cfg.freeze)
     return matcher
 
