@@ -147,11 +147,11 @@ def test_latents_are_encoded_once(tmp_path: Path, sd: Path, monkeypatch) -> None
     with monkeypatch.context() as patch:
         patch.setattr(latent.LatentWriter, "fold", never)
         patch.setattr(StableDiffusionPipeline, "encode_prompt", never)
-        train_diffusion.main(cfg)
+        train_diffusion.main(dataclasses.replace(cfg, overwrite=True))
     assert (tmp_path / "run" / "model" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == weights
     cached, = (tmp_path / "run" / "cache").iterdir()
     cached.write_bytes(cached.read_bytes()[:-1])
-    train_diffusion.main(cfg)                                       # damaged: made again
+    train_diffusion.main(dataclasses.replace(cfg, overwrite=True))  # damaged: made again
     assert (tmp_path / "run" / "model" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == weights
 
 

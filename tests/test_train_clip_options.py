@@ -62,7 +62,7 @@ def test_recomputing_keeps_fewer_tensors(preset: str, most: float, tmp_path: Pat
 
     monkeypatch.setattr(train_clip, "match_loss", counted)
     for on in (False, True):
-        train(tmp_path, steps=1, preset=preset, gradient_checkpointing=on)
+        train(tmp_path, steps=1, preset=preset, gradient_checkpointing=on, overwrite=True)
     assert kept[1] < most * kept[0]
 
 
@@ -258,6 +258,7 @@ SAME = [("chunk", 3), ("gradient_checkpointing", True), ("workers", 1), ("save_e
 ELSEWHERE = {   # option: the test that holds it
     "data": "nearly all", "out": "all", "compile": "above", "init": "above", "lock": "test_train_clip.py", "lora": "above",
     "lora_alpha": "above", "shard": "test_train_parallel.py", "resume": "test_train_clip.py",
+    "overwrite": "test_train_start.py",
 }  # fmt: skip
 
 

@@ -96,7 +96,7 @@ def test_recomputing_keeps_fewer_tensors(tmp_path: Path, monkeypatch) -> None:
 
     monkeypatch.setattr(train_diffusion, "diffusion_loss", counted)
     for on in (False, True):
-        train(tmp_path, steps=1, gradient_checkpointing=on)
+        train(tmp_path, steps=1, gradient_checkpointing=on, overwrite=True)
     assert kept[True] < 0.5 * kept[False]
 
 
@@ -158,7 +158,7 @@ SAME = [("accumulate", 2), ("gradient_checkpointing", True), ("workers", 1), ("s
 ELSEWHERE = {   # option: the test that holds it
     "data": "nearly all", "out": "all", "compile": "above", "init": "test_lora.py", "tokenizer": "test_lora.py",
     "lora": "test_lora.py", "lora_alpha": "test_lora.py", "shard": "test_train_parallel.py",
-    "resume": "test_train_diffusion.py",
+    "resume": "test_train_diffusion.py", "overwrite": "test_train_start.py",
 }  # fmt: skip
 
 

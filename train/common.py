@@ -6,18 +6,22 @@ Read before train_diffusion.py. No loop lives here: each script keeps its own in
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
 import re
+import shlex
 import signal
+import subprocess
 import sys
 import time
 import typing
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -29,7 +33,7 @@ from torchvision.utils import make_grid
 
 from data.folder import DataError
 from miniclip.config import ConfigError
-from miniclip.weights import WeightsError, atomic_write, read_pickle, write_json
+from miniclip.weights import WeightsError, atomic_write, read_json, read_pickle, write_json
 from train.report import series
 
 if TYPE_CHECKING:
@@ -40,9 +44,66 @@ class UserError(Exception):
     """Something the user can mend; shown as one line, without a traceback."""
 
 
+MOST = 10**9                # of any number whose flag names no upper limit
+SEEDS = {"at_least": 0, "at_most": 2**63 - 1}
+OF_THIS_START = ("resume", "overwrite")     # flags that are no settings of a run, but say how it starts
+
+
 def flag(default: Any, help: str, **more: Any) -> Any:
-    """A field of a script's config that is also a command-line flag. `section` begins a part of --help."""
+    """A field of a script's config that is also a command-line flag. `section` begins a part of --help.
+
+    `choices`, and for numbers `above` or `at_least` and `at_most`, are what check_flags holds it to.
+    """
     return dataclasses.field(default=default, metadata={"help": help, **more})
+
+
+def check_flags(cfg: Any) -> None:
+    """Refuses what a flag cannot be, in one line, wherever the config comes from: flags, a file or Python."""
+    hints = typing.get_type_hints(type(cfg))
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        if problem := problem_with(value, hints[f.name], f.metadata):
+            raise UserError(f"{flag_name(f.name)} {value}: {problem}")
+
+
+def flag_name(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def problem_with(value: Any, kind: Any, limits: Mapping[str, Any]) -> str:
+    """Why a value of a flag of this type is refused, in words; empty if it is fine."""
+    kind, optional = plain_type(kind)
+    if value is None and optional:
+        return ""
+    if kind in (bool, str):
+        fits = isinstance(value, bool if kind is bool else (str, os.PathLike))
+        problem = "" if fits else "must be true or false" if kind is bool else "must be a text"
+    elif isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
+        problem = f"must be a {'whole ' if kind is int else ''}number"
+    else:
+        problem = out_of_range(value, limits)
+    if not problem and value not in limits.get("choices", (value,)):
+        problem = f"must be one of {', '.join(map(str, limits['choices']))}"
+    return problem
+
+
+def plain_type(kind: Any) -> tuple[type, bool]:
+    """int | None -> int, True."""
+    kinds = typing.get_args(kind) or (kind,)
+    return next(t for t in kinds if t is not type(None)), type(None) in kinds
+
+
+def out_of_range(value: float, limits: Mapping[str, Any]) -> str:
+    """Nothing is in range that is not finite."""
+    open_end = "above" in limits
+    low, high = limits.get("above", limits.get("at_least", -MOST)), limits.get("at_most", MOST)
+    if low < value <= high or (value == low and not open_end):
+        return ""
+    if "at_most" in limits:
+        return f"must be above {low:,} and at most {high:,}" if open_end else f"from {low:,} to {high:,}"
+    if value > high:
+        return f"at most {high:,}"
+    return f"must be above {low:,}" if open_end else f"at least {low:,}"
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -53,22 +114,88 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def parse_flags(config_class: type, description: str, argv: list[str] | None = None) -> Any:
-    """A dataclass's fields as flags: `jitter: bool = True` gives --jitter and --no-jitter."""
-    spec = sys.modules["__main__"].__spec__                 # of python -m; there is none for a script run by its path
-    parser = argparse.ArgumentParser(prog=f"python -m {spec.name}" if spec else None, usage="%(prog)s [options]",
+    """A dataclass's fields as flags: `jitter: bool = True` gives --jitter and --no-jitter.
+
+    With --resume what is not given is as the run's config.json has it.
+    """
+    parser = parser_of(config_class, description)
+    given = parser.parse_args(argv)
+    if getattr(given, "resume", False):
+        parser.set_defaults(**settings_of(Path(given.out), config_class))
+        given = parser.parse_args(argv)
+    return config_class(**vars(given))
+
+
+def parser_of(config_class: type, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m {module_of(config_class)}", usage="%(prog)s [options]",
                                      description=description, formatter_class=Help)
     section, hints = parser, typing.get_type_hints(config_class)
     for f in dataclasses.fields(config_class):
         if "section" in f.metadata:
             section = parser.add_argument_group(f.metadata["section"])
-        name, kind = "--" + f.name.replace("_", "-"), hints[f.name]
         options = {"help": f.metadata["help"], "default": f.default}
-        if kind is bool:
-            section.add_argument(name, action=argparse.BooleanOptionalAction, **options)
+        if hints[f.name] is bool:
+            section.add_argument(flag_name(f.name), action=argparse.BooleanOptionalAction, **options)
         else:
-            kind = next((t for t in typing.get_args(kind) if t is not type(None)), kind)    # int | None: int
-            section.add_argument(name, type=kind, choices=f.metadata.get("choices"), **options)
-    return config_class(**vars(parser.parse_args(argv)))
+            section.add_argument(flag_name(f.name), type=reader(f, hints[f.name]),
+                                 choices=f.metadata.get("choices"), **options)
+    return parser
+
+
+def module_of(config_class: type) -> str:
+    """The script that a config is of, as python -m takes it, also where it was started by its path."""
+    if config_class.__module__ != "__main__":
+        return config_class.__module__
+    spec = sys.modules["__main__"].__spec__
+    return spec.name if spec else f"train.{Path(sys.argv[0]).stem}"
+
+
+def reader(f: dataclasses.Field, kind: Any) -> Callable[[str], Any]:
+    """Turns a flag's text into its value. What is refused is named as it was typed."""
+    def read(text: str) -> Any:
+        try:
+            value = plain_type(kind)[0](text)
+        except ValueError:
+            value = text
+        if problem := problem_with(value, kind, f.metadata):
+            raise UserError(f"{flag_name(f.name)} {text}: {problem}")
+        return value
+
+    return read
+
+
+def settings_of(out: Path, config_class: type) -> dict[str, Any]:
+    """The settings in a run folder's config.json. Fields younger than the file are not in it."""
+    path, hints = out / "config.json", typing.get_type_hints(config_class)
+    if not path.exists():
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            return {}                       # the processes compare what they see, and all end: see go_on
+        raise UserError(f"--resume: no {path} to take the run's settings from; is --out {out} its folder? "
+                        "(A file that holds {} leaves all settings to the flags.)")
+    fields, values = {f.name: f for f in dataclasses.fields(config_class)}, read_json(path)
+    for name, value in values.items():
+        if name not in fields:
+            raise UserError(f"--resume: {path}: {name} is no setting of {module_of(config_class)}; "
+                            "is this a run of another script?")
+        if problem := problem_with(value, hints[name], fields[name].metadata):
+            raise UserError(f"--resume: {path}: {name} = {value!r}: {problem}")
+    return {name: value for name, value in values.items() if name not in ("out", *OF_THIS_START)}
+
+
+def command(module: str, **flags: Any) -> str:
+    """A command to paste: this Python and the flags, quoted for the shell. True: a flag without value."""
+    words = [interpreter(), "-m", module]
+    for name, value in flags.items():
+        words += [flag_name(name)] if value is True else [flag_name(name), str(value)]
+        if words[-1].startswith("-") and value is not True:
+            words[-2:] = [f"{words[-2]}={words[-1]}"]       # else it would be read as the next flag
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def interpreter() -> str:
+    """The Python that runs, from the working folder if it lies in a folder there."""
+    path, here = Path(sys.executable or "python"), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) and path.parent != here else path)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -83,6 +210,8 @@ def run(main: Callable[[], None]) -> None:
     except (UserError, DataError, ConfigError, WeightsError) as error:
         sys.exit(_fail(str(error)))
     except OSError as error:
+        if is_closed_pipe(error):
+            sys.exit(141)           # as a shell has it
         sys.exit(_fail(f"{error.filename or 'file'}: {error.strerror or error}"))
     except torch.cuda.OutOfMemoryError:
         sys.exit(_fail("out of memory on the device: try a smaller --batch or --preset"))
@@ -96,6 +225,22 @@ def run(main: Callable[[], None]) -> None:
         if dist.is_available() and dist.is_initialized():
             time.sleep(0.2)             # gloo of PyTorch 2.4 hangs where it is taken down while it still cleans up
             dist.destroy_process_group()
+        flush_output()
+
+
+def is_closed_pipe(error: OSError) -> bool:
+    """Whether nobody reads what is printed any more; Windows calls that an invalid argument."""
+    windows = os.name == "nt" and error.errno == errno.EINVAL and error.filename is None
+    return isinstance(error, BrokenPipeError) or windows
+
+
+def flush_output() -> None:
+    """If nobody reads any more (`| head`), the rest goes nowhere: else Python complains as it shuts down."""
+    try:
+        sys.stdout.flush() if sys.stdout else None
+    except OSError as error:
+        if is_closed_pipe(error):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def is_about_others(error: RuntimeError) -> bool:
@@ -149,6 +294,53 @@ def make_folder(path: str | Path, write: bool = True) -> Path:
             if re.fullmatch(r"\..*\.[0-9a-f]{12}\.tmp", left.name):      # the temporary names of atomic_write
                 left.unlink(missing_ok=True)
     return path
+
+
+MARKS = ("checkpoint*.pt", "best.pt", "model", "metrics.jsonl")     # any of these makes a folder a run folder
+OF_A_RUN = re.compile(r"""
+    checkpoint(\.\d+|\.new)?\.pt | best\.pt | config\.json | (metrics|speed)\.jsonl | report\.html | loss\.svg
+    | skipped(\.\d+)?\.txt | evaluation\.(json|html) | evaluation_(legible|seeds)\.png
+    | evaluation-skipped\.txt | (answers|hits)\.png | (samples|matrix)/(held_out_)?\d{6,}\.png
+    | index[^/]*/(index\.json|embeddings\.safetensors)
+    | lora/(pytorch_lora_weights\.safetensors|adapter_model\.safetensors|adapter_config\.json)
+    | model/(\w+/)?((diffusion_pytorch_)?model[\w.-]*\.safetensors(\.index\.json)?|(merges|vocab)\.txt
+                    |(\w*config|model_index|writer|matcher)\.json
+                    |(vocab|tokenizer|added_tokens|special_tokens_map)\.json)
+    """, re.VERBOSE)    # all that a run and who asks it leave there, but caches under checksums
+
+
+def claim(cfg: Any, group: Group) -> Path:
+    """The run folder, made if need be. Neither a run in it nor what --init reads is ever lost unasked."""
+    if cfg.resume and cfg.overwrite:
+        raise UserError("--resume, --overwrite: give one of them, to go on with a run or to begin it anew")
+    out = make_folder(cfg.out, write=group.main)
+    marks = [path for mark in MARKS for path in out.glob(mark)]
+    found = group.union([path.name for path in marks if group.main])    # what the first process sees counts
+    if found and not (cfg.resume or cfg.overwrite):
+        raise UserError(f"--out {out}: holds a run already ({found[0]}); --resume goes on with it, "
+                        "--overwrite removes it and begins anew, another --out leaves it as it is")
+    if cfg.overwrite and cfg.init and Path(cfg.init).resolve().is_relative_to(out.resolve()):
+        raise UserError(f"--init {cfg.init}: lies in --out {out}, and --overwrite removes it; give another")
+    return out
+
+
+def clear(out: Path) -> None:
+    """Removes what an earlier run left, by name: other files stay, and so do folders that hold some."""
+    names = {path: path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}
+    found = [path for path, name in names.items() if OF_A_RUN.fullmatch(name)]
+    for path in sorted(found, key=lambda path: path.parent == out):     # last what tells that a run is here
+        path.unlink()
+    folders = {folder for path in found for folder in path.relative_to(out).parents if folder.parts}
+    for folder in sorted(folders, reverse=True):
+        with contextlib.suppress(OSError):
+            (out / folder).rmdir()
+
+
+def check_init(init: str) -> None:
+    """Refuses a run of ours in place of its model."""
+    model = Path(init) / "model"
+    if init and any((model / name).exists() for name in ("writer.json", "matcher.json", "model_index.json")):
+        raise UserError(f"--init {init}: a run folder; did you mean {model}?")
 
 
 def check_pattern(freeze: str) -> None:
@@ -304,8 +496,9 @@ class RunState:
     def capture(self) -> dict[str, Any]:
         frozen = {name for name, p in self.model.named_parameters() if not p.requires_grad}
         return {
-            "config": {k: v for k, v in self.config.items() if k != "resume"}, "data": self.data, "step": self.step,
-            "best": self.best, "model": whole({k: v for k, v in self.model.state_dict().items() if k not in frozen}),
+            "config": {k: v for k, v in self.config.items() if k not in OF_THIS_START}, "data": self.data,
+            "step": self.step, "best": self.best,
+            "model": whole({k: v for k, v in self.model.state_dict().items() if k not in frozen}),
             "ema": whole(self.ema.mean), "optimizers": [whole(o.state_dict()) for o in self.optimizers],
             "scaler": self.scaler.state_dict(), "dice": self.dice.get_state(), "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
@@ -358,11 +551,20 @@ def go_on(state: RunState, checkpoints: Checkpoints, group: Group, may_change: t
         raise UserError(f"--resume: the processes found different checkpoints; do all of them see {checkpoints.folder}?")
     if saved is None:
         raise UserError(problem)
-    state.restore(saved, may_change)
+    began, now = (config.get("steps") for config in (saved["config"], state.config))
+    if now != began and now <= saved["step"]:
+        done = saved["step"]
+        raise UserError(f"--steps {now}: this run has done {done} already; give more, or {began} as before")
+    state.restore(saved, (*may_change, "steps"))
     if group.main:
         checkpoints.settle()
-    group.say(f"resumed at step {state.step}")
+    longer = f"; planned for {began} steps, it now ends after {now}: the learning rate follows the new length"
+    group.say(f"resumed at step {state.step}" + longer * (now != began))
     return state.step
+
+
+def how_to_go_on(module: str, out: Path, group: Group) -> str:
+    return "the same command and --resume" if group.size > 1 else command(module, out=out, resume=True)
 
 
 def keep(state: RunState, checkpoints: Checkpoints, group: Group, score: float = math.inf) -> None:
@@ -460,12 +662,18 @@ def peak_memory(device: torch.device) -> int:
 
 
 def open_books(cfg: Any, group: Group, resume_at: int | None) -> tuple[Metrics, Speed]:
-    """metrics.jsonl and speed.jsonl of a run that begins or, at a step, goes on; and its settings in config.json."""
+    """metrics.jsonl and speed.jsonl of a run that begins or goes on at a step; its settings in config.json.
+
+    With --overwrite the earlier run goes here: all that could still refuse the new one has been looked at.
+    """
     def book(name: str) -> Metrics:
         return Metrics(Path(cfg.out) / name if group.main else None, resume_at)
 
     if group.main:
-        write_json(Path(cfg.out) / "config.json", {k: v for k, v in dataclasses.asdict(cfg).items() if k != "resume"})
+        clear(Path(cfg.out)) if cfg.overwrite else None
+        write_json(Path(cfg.out) / "config.json",
+                   {k: v for k, v in dataclasses.asdict(cfg).items() if k not in OF_THIS_START})
+    group.union([])                         # the others wait: what they leave must not be cleared away
     return book("metrics.jsonl"), Speed(book("speed.jsonl"), group.device, cfg.steps, cfg.batch)
 
 

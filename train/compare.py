@@ -51,8 +51,9 @@ def read_rows(folder: str, name: str) -> report.Rows:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Runs side by side on one page, and what is wrong with each in words.")
+    parser = argparse.ArgumentParser(
+        prog="python -m train.compare",
+        description="Runs side by side on one page, and what is wrong with each in words.")
     parser.add_argument("folders", nargs="+", help="run folders of train.train_diffusion or train.train_clip")
     parser.add_argument("--out", default="out/compare.html", help="page to write (%(default)s)")
-    arguments = parser.parse_args()
-    run(lambda: main(arguments.folders, arguments.out))
+    run(lambda: main(**vars(parser.parse_args())))

@@ -24,7 +24,18 @@ from torch import Tensor
 from data.folder import PictureFolder, jitter
 from miniclip.weights import read_json, write_json
 from train import report
-from train.common import Progress, UserError, flag, grid_columns, parse_flags, pick_device, run, save_grid
+from train.common import (
+    SEEDS,
+    Progress,
+    UserError,
+    check_flags,
+    flag,
+    grid_columns,
+    parse_flags,
+    pick_device,
+    run,
+    save_grid,
+)
 from train.writer import Writer
 
 
@@ -33,14 +44,15 @@ class EvaluateConfig:
     run: str = flag("out/calligraphy", "run folder of train.train_diffusion")
     data: str = flag("", "training pictures; empty: those that the run names")
     judge: str = flag("", "a judge's folder (train.judge); empty: no legibility")
-    count: int = flag(20, "samples of each character")
-    steps: int = flag(20, "denoising steps")
-    guidance: float = flag(1.5, "guidance, where it is not what is varied")
-    seed: int = flag(7, "seed of the samples")
+    count: int = flag(20, "samples of each character", at_least=1, at_most=100_000)
+    steps: int = flag(20, "denoising steps", at_least=1, at_most=1000)
+    guidance: float = flag(1.5, "guidance, where it is not what is varied", at_least=-1000, at_most=1000)
+    seed: int = flag(7, "seed of the samples", **SEEDS)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
 
 
 def main(cfg: EvaluateConfig) -> None:
+    check_flags(cfg)
     folder = Path(cfg.run)
     writer = Writer.load(folder / "model").to(pick_device(cfg.device))
     settings = read_json(folder / "config.json")

@@ -28,7 +28,17 @@ from data.folder import DataError
 from miniclip.loss import chance_of_counts, ranks
 from miniclip.weights import atomic_write, read_json, write_json
 from train import report
-from train.common import Progress, UserError, flag, parse_flags, pick_device, run, save_grid
+from train.common import (
+    SEEDS,
+    Progress,
+    UserError,
+    check_flags,
+    flag,
+    parse_flags,
+    pick_device,
+    run,
+    save_grid,
+)
 from train.matcher import Matcher
 from train.search import as_floats
 from train.stream import readable
@@ -38,11 +48,11 @@ from train.train_clip import WAYS, Pairs, TrainConfig, list_pairs
 @dataclass(frozen=True)
 class EvaluateConfig:
     run: str = flag("out/herbs", "run folder of train.train_clip")
-    most: int = flag(10_000, "ask about at most so many pictures, drawn by lot")
+    most: int = flag(10_000, "ask about at most so many pictures, drawn by lot", at_least=1, at_most=1_000_000)
     every_column: bool = flag(False, "answer with the captions of all columns, each right one counts; else of the first")
-    resamples: int = flag(2000, "draws of the bootstrap")
-    shown: int = flag(12, "pictures to show with their answers")
-    seed: int = flag(0, "of the bootstrap, of the pictures asked about and of those shown")
+    resamples: int = flag(2000, "draws of the bootstrap", at_least=10, at_most=1_000_000)
+    shown: int = flag(12, "pictures to show with their answers", at_least=0, at_most=1_000_000)
+    seed: int = flag(0, "of the bootstrap, of the pictures asked about and of those shown", **SEEDS)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
 
 
@@ -80,9 +90,7 @@ def main(cfg: EvaluateConfig) -> None:
 
 
 def check(cfg: EvaluateConfig) -> None:
-    for name, least in (("most", 1), ("resamples", 10), ("shown", 0)):
-        if not least <= getattr(cfg, name) <= 1_000_000:
-            raise UserError(f"--{name} {getattr(cfg, name)}: from {least} to 1,000,000")
+    check_flags(cfg)
     if not (Path(cfg.run) / "config.json").exists() or not (Path(cfg.run) / "model").is_dir():
         raise UserError(f"--run {cfg.run}: no run of train.train_clip here (it would hold config.json and model)")
 

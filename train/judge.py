@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from data.folder import SUFFIXES, jitter, list_pictures, read_picture
 from data.make_calligraphy import FILL, FONTS, MORE_FONTS, distinct, draw, locate
 from miniclip.weights import atomic_write
-from train.common import Progress, UserError, flag, make_folder, parse_flags, run
+from train.common import SEEDS, Progress, UserError, check_flags, command, flag, make_folder, parse_flags, run
 
 SIZE = 64
 NONE = "none"       # the name of a picture that shows no character
@@ -43,9 +43,10 @@ class JudgeConfig:
     fonts: str = flag("out/fonts", "folder with the fonts")
     fetch: bool = flag(False, "download the fonts that are missing")
     leave_out: str = flag("ukai,seto,zen-antique", "hands kept for the test, never trained on, with commas")
-    steps: int = flag(1000, "optimizer steps")
-    batch: int = flag(192, "glyphs a step; a quarter as many pictures of nothing come on top")
-    seed: int = flag(0, "one seed, one judge")
+    steps: int = flag(1000, "optimizer steps", at_least=10)
+    batch: int = flag(192, "glyphs a step; a quarter as many pictures of nothing come on top", at_least=8)
+    seed: int = flag(0, "one seed, one judge", **SEEDS)
+    overwrite: bool = flag(False, "train anew where --out holds a judge")
     run: str = flag("", "instead of training: a trained judge to use")
     pictures: str = flag("", "with --run: the folder of pictures to name")
     expect: str = flag("", "with --run: what all of them should show")
@@ -106,7 +107,8 @@ def load_judge(folder) -> Judge:
         model = Judge(fields["names"], fields["width"])
         model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: no such file; train a judge with python -m train.judge") from None
+        train_one = command("train.judge")
+        raise UserError(f"{error.filename}: no such file; train a judge with {train_one}") from None
     except Exception as error:  # noqa: BLE001  whatever a broken file raises
         raise UserError(f"{folder}: not a judge ({type(error).__name__}: {error})") from None
     return model.eval()
@@ -256,11 +258,15 @@ def examine(model: Judge, pictures: Tensor, labels: Tensor, hands: Tensor, style
 
 
 def teach(cfg: JudgeConfig) -> None:
+    found = [name for name in ("judge.pt", "judge.json") if (Path(cfg.out) / name).exists()]
+    if found and not cfg.overwrite:
+        raise UserError(f"--out {cfg.out}: holds a judge already ({found[0]}); --overwrite trains another in its "
+                        "place, another --out leaves it as it is")
     start, out, left_out = time.monotonic(), make_folder(cfg.out), set(filter(None, cfg.leave_out.split(",")))
     fonts = distinct(locate(FONTS + MORE_FONTS, Path(cfg.fonts), cfg.fetch), CHARACTERS)
     styles = [font.style for font, _ in fonts]
-    if left_out - set(styles) or cfg.steps < 10 or cfg.batch < 8:
-        raise UserError(f"--leave-out {cfg.leave_out}: of {' '.join(styles)}; --steps >= 10, --batch >= 8")
+    if left_out - set(styles):
+        raise UserError(f"--leave-out {cfg.leave_out}: of {' '.join(styles)}")
     torch.manual_seed(cfg.seed)
     pictures, labels, hands = glyphs(fonts)
     print(f"{len(pictures)} glyphs of {len(CHARACTERS)} characters in {len(fonts)} hands, {len(left_out)} "
@@ -294,6 +300,7 @@ def ask(cfg: JudgeConfig) -> None:
 
 
 def main(cfg: JudgeConfig) -> None:
+    check_flags(cfg)
     if bool(cfg.run) != bool(cfg.pictures):
         raise UserError("--run and --pictures go together: a trained judge, and what it shall name")
     if cfg.expect and cfg.expect not in CHARACTERS:

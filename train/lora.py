@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from miniclip.weights import WeightsError, load_file, read_json, save_file, write_json
 from minidiff.pipeline import StableDiffusionPipeline
-from train.common import UserError, flag, make_folder, parse_flags, run
+from train.common import UserError, check_flags, flag, make_folder, parse_flags, run
 from train.matcher import Matcher
 
 PROJECTIONS = re.compile(r"attn[12]\.to_(q|k|v|out\.0)$")       # of the UNet's attention, as diffusers' trainer takes
@@ -70,7 +70,7 @@ class LoRALinear(nn.Linear):
 
 
 def check_lora(rank: int, alpha: float, init: str) -> None:
-    if rank < 0 or (rank and not init):
+    if rank and not init:
         raise UserError(f"--lora {rank}: a rank above 0, beside an --init that it builds on")
     if alpha and not rank:
         raise UserError(f"--lora-alpha {alpha}: means nothing without --lora")
@@ -190,16 +190,15 @@ def read_adapter(path: Path) -> tuple[int, float]:
 class MergeConfig:
     model: str = flag("", "model folder: of Stable Diffusion (with model_index.json) or of a CLIP")
     lora: str = flag("", f"LoRA file or its folder: {FILE} for Stable Diffusion, {PEFT_FILE} for a CLIP")
-    scale: float = flag(1.0, "how much of it; 0 is nothing")
+    scale: float = flag(1.0, "how much of it; 0 is nothing", at_least=-1000, at_most=1000)
     out: str = flag("", "model folder to write")
 
 
 def main(cfg: MergeConfig) -> None:
+    check_flags(cfg)
     for name in ("model", "lora", "out"):
         if not getattr(cfg, name):
             raise UserError(f"--{name}: is needed")
-    if not math.isfinite(cfg.scale):
-        raise UserError(f"--scale {cfg.scale}: must be a finite number")
     if (Path(cfg.model) / "model_index.json").exists():
         pipe = StableDiffusionPipeline.from_pretrained(cfg.model)
         merge_lora(pipe.unet, lora_file(cfg.lora, FILE), cfg.scale)

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.common import (
+    SEEDS,
     Progress,
     UserError,
+    check_flags,
     flag,
     grid_columns,
     make_folder,
@@ -29,19 +31,18 @@ from train.writer import Writer
 class SampleConfig:
     run: str = flag("out/calligraphy", "run folder of train.train_diffusion")
     prompt: str = flag("", "what to write, such as 春 草書; 春 alone leaves the hand open; empty: anything")
-    count: int = flag(20, "how many pictures")
-    seed: int = flag(0, "one seed, one set of pictures")
+    count: int = flag(20, "how many pictures", at_least=1, at_most=100_000)
+    seed: int = flag(0, "one seed, one set of pictures", **SEEDS)
     out: str = flag("out/samples", "folder for 0000.png ..., numbered on from those there, and grid.png")
-    guidance: float = flag(1.5, "0 ignores the prompt, 1 follows it, more exaggerates it")
-    steps: int = flag(30, "denoising steps")
-    batch: int = flag(20, "pictures at a time")
+    guidance: float = flag(1.5, "0 ignores the prompt, 1 follows it, more exaggerates it", at_least=-1000,
+                           at_most=1000)
+    steps: int = flag(30, "denoising steps", at_least=1, at_most=1000)
+    batch: int = flag(20, "pictures at a time", at_least=1, at_most=100_000)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
 
 
 def main(cfg: SampleConfig) -> None:
-    for name in ("count", "steps", "batch"):
-        if not 1 <= getattr(cfg, name) <= (1000 if name == "steps" else 100_000):
-            raise UserError(f"--{name} {getattr(cfg, name)}: must lie in 1 .. {1000 if name == 'steps' else 100000}")
+    check_flags(cfg)
     device = pick_device(cfg.device)
     model = Path(cfg.run) / "model"
     if not model.is_dir():

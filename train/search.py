@@ -19,7 +19,17 @@ from torch import Tensor
 
 from data.folder import SUFFIXES, DataError, list_pictures, read_picture
 from miniclip.weights import WeightsError, load_file, load_folder, read_json, save_file, write_json
-from train.common import Progress, UserError, flag, make_folder, parse_flags, pick_device, run, save_grid
+from train.common import (
+    Progress,
+    UserError,
+    check_flags,
+    flag,
+    make_folder,
+    parse_flags,
+    pick_device,
+    run,
+    save_grid,
+)
 from train.latent import checksum
 from train.matcher import Matcher
 from train.stream import readable
@@ -31,7 +41,7 @@ class SearchConfig:
     text: str = flag("", "a name: which pictures are it?")
     image: str = flag("", "a picture file: what is its name, and what is like it?")
     names: str = flag("", "names to choose from, separated by commas; else those of training")
-    top: int = flag(5, "how many answers")
+    top: int = flag(5, "how many answers", at_least=1, at_most=1000)
     pictures: str = flag("", "index this folder of pictures first, and search in it")
     index: str = flag("", "index folder; else RUN/index, or with --pictures RUN/index-NAME")
     out: str = flag("", "PNG of the hits, best first; else RUN/hits.png")
@@ -39,10 +49,9 @@ class SearchConfig:
 
 
 def main(cfg: SearchConfig) -> None:
+    check_flags(cfg)
     if bool(cfg.text.strip()) == bool(cfg.image):
         raise UserError("give either --text or --image")
-    if not 1 <= cfg.top <= 1000:
-        raise UserError(f"--top {cfg.top}: from 1 to 1000")
     model = Path(cfg.run) / "model"
     if not model.is_dir():
         raise UserError(f"--run {cfg.run}: no run folder here (it would hold a folder `model`)")

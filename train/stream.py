@@ -19,7 +19,7 @@ from train.parallel import Group
 
 
 def check_workers(workers: int, stream: bool) -> None:
-    if workers < 0 or (workers and not stream):
+    if workers and not stream:
         raise UserError(f"--workers {workers}: only --stream reads ahead")
 
 

@@ -45,6 +45,7 @@ from train import report
 from train.common import (
     EMA,
     PRECISIONS,
+    SEEDS,
     Checkpoints,
     Metrics,
     Progress,
@@ -53,7 +54,11 @@ from train.common import (
     StopFlag,
     UserError,
     autocast,
+    check_flags,
+    check_init,
     check_pattern,
+    claim,
+    command,
     describe_machine,
     draw_batch,
     evaluation_steps,
@@ -61,8 +66,8 @@ from train.common import (
     flag,
     freeze_named,
     go_on,
+    how_to_go_on,
     keep,
-    make_folder,
     must_be_alike,
     open_books,
     parse_flags,
@@ -100,42 +105,50 @@ class TrainConfig:
                                f"if it is there, else all but {', '.join(NO_CAPTIONS)} and that of --hold-out")
     hold_out: str = flag("", "never trained on, tested apart: column=value, such as artist=twitter, or a share "
                          "of the pictures, drawn by --seed, such as 0.2")
-    size: int = flag(64, "pictures are S x S")
+    size: int = flag(64, "pictures are S x S", at_least=32, at_most=1024)
     preset: str = flag("tiny", "size of a fresh model", choices=tuple(PRESETS), section="model and training")
     loss: str = flag("infonce", "infonce, or siglip: every pair for itself", choices=("infonce", "siglip"))
-    steps: int = flag(150, "optimizer steps")
-    batch: int = flag(16, "pairs a step; a small set is repeated, each time jittered anew")
-    chunk: int = flag(0, "hold only so many pairs in memory, same gradients; 0 holds all")
+    steps: int = flag(150, "optimizer steps", at_least=1)
+    batch: int = flag(16, "pairs a step; a small set is repeated, each time jittered anew", at_least=2)
+    chunk: int = flag(0, "hold only so many pairs in memory, same gradients; 0 holds all", at_least=0)
     optimizer: str = flag("muon", "muon (learns faster) or adamw", choices=("muon", "adamw"))
-    lr: float = flag(1e-3, "peak learning rate of AdamW")
-    muon_lr: float = flag(0.02, "peak learning rate of Muon")
-    warmup: int = flag(20, "steps of linear warm-up")
-    ema: float = flag(0.0, "largest decay of the weights' running mean; 0 for none")
-    clip: float = flag(1.0, "clip the gradient's norm to this")
+    lr: float = flag(1e-3, "peak learning rate of AdamW", above=0)
+    muon_lr: float = flag(0.02, "peak learning rate of Muon", above=0)
+    warmup: int = flag(20, "steps of linear warm-up", at_least=0)
+    ema: float = flag(0.0, "largest decay of the weights' running mean; 0 for none", at_least=0, at_most=1)
+    clip: float = flag(1.0, "clip the gradient's norm to this", above=0)
     jitter: bool = flag(True, "random rotations, shifts, scalings, and changes of colour")
-    hues: float = flag(0.0, "how far colours turn into others, such as 0.3: for names that do not depend on them")
+    hues: float = flag(0.0, "how far colours turn into others, such as 0.3: for names that do not depend on them",
+                       at_least=0, at_most=1)
     flip: bool = flag(False, "mirror half of the pictures")
     shuffle_captions: bool = flag(False, "a control: deal the captions out at random once; then held out is chance")
-    checks: int = flag(6, "how many times on the way to measure R@1 and draw the matrix")
-    seed: int = flag(0, "one seed, one result (on one machine, on the CPU)", section="machine, memory and speed")
+    checks: int = flag(6, "how many times on the way to measure R@1 and draw the matrix", at_least=0, at_most=10_000)
+    seed: int = flag(0, "one seed, one result (on one machine, on the CPU)", section="machine, memory and speed",
+                     **SEEDS)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
-    threads: int = flag(0, "CPU threads; 0: one for a tiny preset, whose operations are too small to share, else all")
+    threads: int = flag(0, "CPU threads; 0: one for a tiny preset, whose operations are too small to share, else all",
+                        at_least=0, at_most=4096)
     precision: str = flag("auto", "of the forward pass; auto: bf16 on a GPU that has it, else float32",
                           choices=PRECISIONS)
     gradient_checkpointing: bool = flag(False, "compute activations twice instead of keeping them, to save memory")
     compile: bool = flag(False, "torch.compile both towers: slow to start, then faster, most of all on a GPU")
     init: str = flag("", "start from this model folder instead of a fresh model", section="starting from what others trained")
     lock: str = flag("none", "tower of --init that stays as it is", choices=("none", "image", "text"))
-    lora: int = flag(0, "rank of LoRA on the towers' attention: --init stays as it is, a small file learns; 0 for none")
-    lora_alpha: float = flag(0.0, "LoRA adds alpha / rank times what it learned; 0 takes the rank")
+    lora: int = flag(0, "rank of LoRA on the towers' attention: --init stays as it is, a small file learns; 0 for none",
+                     at_least=0, at_most=4096)
+    lora_alpha: float = flag(0.0, "LoRA adds alpha / rank times what it learned; 0 takes the rank", at_least=0)
     freeze: str = flag("", "leave alone what has this regular expression in its name, such as ^text_model")
     shard: bool = flag(False, "FSDP2: torchrun's processes share out the weights too, for models that do not fit on one",
                        section="more processes, more data")
     stream: bool = flag(False, "read pictures as they are needed: for more than memory holds; skips broken files")
-    workers: int = flag(0, "processes that read ahead for --stream; 0 reads in the training process")
-    save_every: int = flag(100, "steps between checkpoints, beside those at each evaluation", section="checkpoints")
-    keep: int = flag(2, "how many checkpoints to keep, beside the best")
-    resume: bool = flag(False, "go on from the run folder's newest good checkpoint")
+    workers: int = flag(0, "processes that read ahead for --stream; 0 reads in the training process", at_least=0,
+                        at_most=1024)
+    save_every: int = flag(100, "steps between checkpoints, beside those at each evaluation", section="checkpoints",
+                           at_least=1)
+    keep: int = flag(2, "how many checkpoints to keep, beside the best", at_least=1, at_most=10_000)
+    resume: bool = flag(False, "go on from the run folder's newest good checkpoint; settings that are not given are "
+                        "those of its config.json")
+    overwrite: bool = flag(False, "begin anew in a run folder that holds a run, which is removed")
 
 
 def main(cfg: TrainConfig) -> None:
@@ -146,7 +159,7 @@ def main(cfg: TrainConfig) -> None:
     device, amp = group.device, autocast(cfg.precision, group.device)
     if device.type == "cpu" and (cfg.threads or "tiny" in cfg.preset):
         torch.set_num_threads(cfg.threads or 1)
-    out = make_folder(cfg.out, write=group.main)
+    out = claim(cfg, group)
     pairs, skipped = (list_pairs(cfg, out) if cfg.stream else read_pairs(cfg)), Skipped(out, group, cfg.resume)
     seen = fingerprint([Path(name).relative_to(cfg.data).as_posix() for name in pairs.files], sum(pairs.captions, []))
     must_be_alike(cfg, seen, group)
@@ -262,7 +275,7 @@ def main(cfg: TrainConfig) -> None:
     stop.restore()
 
     if stopping and step < cfg.steps:
-        group.say(f"stopped at step {step}; go on with the same command and --resume")
+        group.say(f"stopped at step {step}; go on with {how_to_go_on('train.train_clip', out, group)}")
         return
     with ema, merged(matcher.model):
         if group.main or cfg.shard:
@@ -271,18 +284,16 @@ def main(cfg: TrainConfig) -> None:
         skipped.add_those_of_others()
     left = f", {len(skipped.files)} broken files left out ({skipped.path})" if skipped.files else ""
     group.say(f"done in {speed.seconds():.0f} s{left}: open {out / 'report.html'}; ask with "
-              f"python -m train.search --run {out} --text {train.captions[0][0]}")
+              + command("train.search", run=out, text=train.captions[0][0]))
 
 
 def check(cfg: TrainConfig) -> None:
     """Refuses what cannot work, in one line, before any work starts."""
-    for name, least in (("steps", 1), ("batch", 2), ("size", 32), ("chunk", 0), ("checks", 0), ("threads", 0),
-                        ("save_every", 1), ("keep", 1)):
-        if not least <= getattr(cfg, name) <= 10_000_000:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least {least}")
+    check_flags(cfg)
+    check_init(cfg.init)
     preset = PRESETS[cfg.preset]
-    if cfg.size > 1024 or (not cfg.init and preset.tower == "vit" and cfg.size % preset.patch):
-        raise UserError(f"--size {cfg.size}: at most 1024, and for {cfg.preset} a multiple of {preset.patch or 1}")
+    if not cfg.init and preset.tower == "vit" and cfg.size % preset.patch:
+        raise UserError(f"--size {cfg.size}: preset {cfg.preset} takes a multiple of {preset.patch}")
     if cfg.hold_out and "=" not in cfg.hold_out and not share_of(cfg):
         raise UserError(f"--hold-out {cfg.hold_out}: must be column=value, such as artist=twitter, or a share of the "
                         "pictures above 0 and below 1, such as 0.2")
@@ -290,10 +301,6 @@ def check(cfg: TrainConfig) -> None:
         raise UserError(f"--lock {cfg.lock}: only a tower that was trained before is worth locking; give --init")
     if cfg.chunk and not cfg.init and preset.tower == "resnet":
         raise UserError(f"--chunk {cfg.chunk}: preset {cfg.preset} has batch norm, which needs the whole batch")
-    if not 0 <= cfg.hues <= 1:
-        raise UserError(f"--hues {cfg.hues}: from 0 to 1")
-    if not 0 <= cfg.ema < 1:
-        raise UserError(f"--ema {cfg.ema}: from 0 up to, not including, 1")
     check_shard(cfg)
     check_pattern(cfg.freeze)
     check_workers(cfg.workers, cfg.stream)
@@ -658,8 +665,9 @@ def verdict(step: int, scores: dict[str, float], loss: float, blind: float, cfg:
     for prefix, name in (("", "R@1"), ("held_out_", "held out R@1")):
         if prefix + "image_to_text_R@1" in scores:
             one, other = scores[prefix + "image_to_text_R@1"], scores[prefix + "text_to_image_R@1"]
-            by_chance = scores[prefix + "image_to_text_chance"]
-            parts.append(f"{name} picture to name {one:.3f}, name to picture {other:.3f} (chance {by_chance:.3f})")
+            by_chance = dict.fromkeys(f"{scores[f'{prefix}{way}_chance']:.3f}" for way in WAYS.values())
+            parts.append(f"{name} picture to name {one:.3f}, name to picture {other:.3f} "
+                         f"(chance {' and '.join(by_chance)})")
     if stuck(step, loss, blind, cfg):
         different = "" if blind > math.log(cfg.batch) - 1e-6 else f", {math.exp(blind):.0f} different captions a batch"
         parts.append(f"NOT LEARNING: the loss sits at {blind:.3f}, which is ln(batch){different}: all vectors are alike")

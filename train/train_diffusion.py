@@ -31,6 +31,7 @@ from train import report
 from train.common import (
     EMA,
     PRECISIONS,
+    SEEDS,
     Checkpoints,
     Metrics,
     Progress,
@@ -39,7 +40,10 @@ from train.common import (
     StopFlag,
     UserError,
     autocast,
+    check_flags,
+    check_init,
     check_pattern,
+    claim,
     describe_machine,
     draw_batch,
     evaluation_steps,
@@ -48,8 +52,8 @@ from train.common import (
     freeze_named,
     go_on,
     grid_columns,
+    how_to_go_on,
     keep,
-    make_folder,
     must_be_alike,
     open_books,
     parse_flags,
@@ -83,45 +87,53 @@ class TrainConfig:
                      section="data and run folder")
     out: str = flag("out/calligraphy", "run folder to write")
     caption_column: str = flag("caption", "column of captions.csv that holds the captions")
-    size: int = flag(64, "pictures are S x S")
+    size: int = flag(64, "pictures are S x S", at_least=1, at_most=2048)
     channels: int = flag(1, "1 for grey, 3 for colour", choices=(1, 3))
-    fold: int = flag(2, "fold each f x f square of pixels into channels")
+    fold: int = flag(2, "fold each f x f square of pixels into channels", at_least=1, at_most=2048)
     preset: str = flag("small", "size of the model", choices=tuple(PRESETS), section="model and training")
-    steps: int = flag(400, "optimizer steps")
-    batch: int = flag(20, "pictures a step")
+    steps: int = flag(400, "optimizer steps", at_least=1)
+    batch: int = flag(20, "pictures a step", at_least=1)
     optimizer: str = flag("muon", "muon (learns faster on few pictures) or adamw", choices=("muon", "adamw"))
-    lr: float = flag(1e-3, "peak learning rate of AdamW")
-    muon_lr: float = flag(0.02, "peak learning rate of Muon")
-    warmup: int = flag(20, "steps of linear warm-up")
-    ema: float = flag(0.98, "largest decay of the weights' running mean")
-    clip: float = flag(1.0, "clip the gradient's norm to this")
-    caption_drop: float = flag(0.1, "share of pictures trained without caption, for guidance")
+    lr: float = flag(1e-3, "peak learning rate of AdamW", above=0)
+    muon_lr: float = flag(0.02, "peak learning rate of Muon", above=0)
+    warmup: int = flag(20, "steps of linear warm-up", at_least=0)
+    ema: float = flag(0.98, "largest decay of the weights' running mean", at_least=0, at_most=1)
+    clip: float = flag(1.0, "clip the gradient's norm to this", above=0)
+    caption_drop: float = flag(0.1, "share of pictures trained without caption, for guidance", at_least=0,
+                               at_most=1)
     jitter: bool = flag(True, "small random rotations, shifts, scalings")
     flip: bool = flag(False, "mirror half of the pictures; never for writing")
-    samples: int = flag(3, "how many times on the way to write a grid of samples and validate", section="samples on the way")
-    sample_steps: int = flag(12, "denoising steps for those samples")
-    guidance: float = flag(1.5, "guidance for those samples")
-    seed: int = flag(0, "one seed, one result (on one machine, on the CPU)", section="machine, memory and speed")
+    samples: int = flag(3, "how many times on the way to write a grid of samples and validate",
+                        section="samples on the way", at_least=0, at_most=10_000)
+    sample_steps: int = flag(12, "denoising steps for those samples", at_least=1, at_most=1000)
+    guidance: float = flag(1.5, "guidance for those samples", at_least=-1000, at_most=1000)
+    seed: int = flag(0, "one seed, one result (on one machine, on the CPU)", section="machine, memory and speed",
+                     **SEEDS)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: str = flag("auto", "of the forward pass; auto: bf16 on a GPU that has it, else float32",
                           choices=PRECISIONS)
-    accumulate: int = flag(1, "go through a batch in so many parts, to save memory")
+    accumulate: int = flag(1, "go through a batch in so many parts, to save memory", at_least=1)
     gradient_checkpointing: bool = flag(False, "compute activations twice instead of keeping them, to save memory")
     compile: bool = flag(False, "torch.compile the UNet: slow to start, then faster, most of all on a GPU")
     init: str = flag("", "start from this: a run's model folder, an SD 1, SD 2, SDXL or inpainting folder, or one file of its "
                      "weights",
                      section="starting from what others trained")
     tokenizer: str = flag("", "tokenizer of an --init that is a single file")
-    lora: int = flag(0, "rank of LoRA on the UNet's attention: --init stays as it is, a small file learns; 0 for none")
-    lora_alpha: float = flag(0.0, "LoRA adds alpha / rank times what it learned; 0 takes the rank")
+    lora: int = flag(0, "rank of LoRA on the UNet's attention: --init stays as it is, a small file learns; 0 for none",
+                     at_least=0, at_most=4096)
+    lora_alpha: float = flag(0.0, "LoRA adds alpha / rank times what it learned; 0 takes the rank", at_least=0)
     freeze: str = flag("", "leave alone what has this regular expression in its name, such as ^text_encoder")
     shard: bool = flag(False, "FSDP2: torchrun's processes share out the weights too, for models that do not fit on one",
                        section="more processes, more data")
     stream: bool = flag(False, "read pictures as they are needed: for more than memory holds; skips broken files")
-    workers: int = flag(0, "processes that read ahead for --stream; 0 reads in the training process")
-    save_every: int = flag(100, "steps between checkpoints, beside those at each evaluation", section="checkpoints")
-    keep: int = flag(2, "how many checkpoints to keep, beside the best")
-    resume: bool = flag(False, "go on from the run folder's newest good checkpoint")
+    workers: int = flag(0, "processes that read ahead for --stream; 0 reads in the training process", at_least=0,
+                        at_most=1024)
+    save_every: int = flag(100, "steps between checkpoints, beside those at each evaluation", section="checkpoints",
+                           at_least=1)
+    keep: int = flag(2, "how many checkpoints to keep, beside the best", at_least=1, at_most=10_000)
+    resume: bool = flag(False, "go on from the run folder's newest good checkpoint; settings that are not given are "
+                        "those of its config.json")
+    overwrite: bool = flag(False, "begin anew in a run folder that holds a run, which is removed")
 
 
 def main(cfg: TrainConfig) -> None:
@@ -129,7 +141,7 @@ def main(cfg: TrainConfig) -> None:
     # ---- processes, device and data
     group = join(pick_device(cfg.device))
     check_shares(cfg, group.size)
-    device, out = group.device, make_folder(cfg.out, write=group.main)
+    device, out = group.device, claim(cfg, group)
     amp = autocast(cfg.precision, device)
     folder = PictureFolder(cfg.data, size=cfg.size, channels=cfg.channels, caption_column=cfg.caption_column,
                            index=out / "index.json" if cfg.stream else None)
@@ -240,7 +252,7 @@ def main(cfg: TrainConfig) -> None:
     stop.restore()
 
     if stopping and step < cfg.steps:
-        group.say(f"stopped at step {step}; go on with the same command and --resume")
+        group.say(f"stopped at step {step}; go on with {how_to_go_on('train.train_diffusion', out, group)}")
         return
     if cfg.stream:
         skipped.add_those_of_others()
@@ -250,18 +262,12 @@ def main(cfg: TrainConfig) -> None:
 
 def check(cfg: TrainConfig) -> None:
     """Refuses what cannot work, in one line, before any work starts."""
+    check_flags(cfg)
+    check_init(cfg.init)
     levels = len(PRESETS[cfg.preset].block_out_channels)
     multiple = cfg.fold * 2 ** (levels - 1)
-    if cfg.fold < 1 or not cfg.init and (cfg.size < multiple or cfg.size % multiple):
+    if not cfg.init and (cfg.size < multiple or cfg.size % multiple):
         raise UserError(f"--size {cfg.size}: preset {cfg.preset} with --fold {cfg.fold} takes multiples of {multiple}")
-    if cfg.size > 2048:
-        raise UserError(f"--size {cfg.size}: at most 2048")
-    for name in ("steps", "batch", "sample_steps", "accumulate", "save_every", "keep"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
-    for name in ("caption_drop", "ema"):
-        if not 0 <= getattr(cfg, name) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: between 0 and 1")
     check_shard(cfg)
     check_workers(cfg.workers, cfg.stream)
     check_lora(cfg.lora, cfg.lora_alpha, cfg.init)
@@ -269,8 +275,6 @@ def check(cfg: TrainConfig) -> None:
         raise UserError(f"--tokenizer {cfg.tokenizer}: only for an --init that is a single file")
     check_latent(cfg)
     check_pattern(cfg.freeze)
-    if cfg.sample_steps > 1000:
-        raise UserError(f"--sample-steps {cfg.sample_steps}: at most the 1000 timesteps of training")
 
 
 def check_latent(cfg: TrainConfig) -> None:
@@ -453,13 +457,14 @@ def write_report(out: Path, cfg: TrainConfig, metrics: Metrics, speed: Speed, pa
     with atomic_write(out / "loss.svg") as file:
         file.write(loss_curve.encode("utf-8"))
     last = [row for row in metrics.rows if "val" in row][-1]
-    grids = sorted((out / "samples").glob("*.png"), reverse=True)
+    drawn = [out / "samples" / f"{step:06d}.png" for step, _ in reversed(metrics.series("val"))]
+    grids = [path for path in drawn if path.exists()]      # of this run; others may lie there too
     others = [{k: v for k, v in row.items() if k != "val"} for row in metrics.rows]                 # drawn by itself
     report.write_page(out / "report.html", f"Learning to write: {Path(cfg.data).name}", [
         f"<p>{len(captions)} pictures, {parameters:,} parameters, step {last['step']} of {cfg.steps}, "
         f"{speed.seconds():.0f} s.</p>",
-        report.picture(grids[0], f"Newest samples, {cfg.size} x {cfg.size}, one for each caption: "
-                                 + "、".join(list(dict.fromkeys(captions))[:40])),
+        *(report.picture(path, f"Newest samples, {cfg.size} x {cfg.size}, one for each caption: "
+                               + "、".join(list(dict.fromkeys(captions))[:40])) for path in grids[:1]),
         report.notes(metrics.rows), *validation(metrics, last),
         "<h2>On the way</h2>", *(report.picture(path, f"after {int(path.stem)} steps") for path in grids[1:]),
         *report.curves({"": (others, speed.metrics.rows)}),

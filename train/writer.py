@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from miniclip import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from miniclip.weights import WeightsError, read_json, write_json
 from minidiff import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from train.common import command
 
 
 class PictureFormat(NamedTuple):
@@ -161,7 +162,8 @@ class Writer(nn.Module):
         """Raises WeightsError or ConfigError with one line that names the file and what is wrong in it."""
         folder = Path(folder)
         if (folder / "model_index.json").exists():
-            raise WeightsError(f"{folder}: a Stable Diffusion folder; python -m minidiff --model {folder} draws with it")
+            draw = command("minidiff", model=folder)
+            raise WeightsError(f"{folder}: a Stable Diffusion folder; {draw} draws with it")
         own = read_json(folder / "writer.json")
         numbers = [own.get(name) for name in PictureFormat._fields]
         captions = own.get("captions")

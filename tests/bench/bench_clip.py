@@ -97,7 +97,7 @@ def recipe(args: argparse.Namespace) -> dict:
 def train_ours(args: argparse.Namespace, name: str, steps: int, *more: str) -> float:
     """Seconds from start to end of `python -m train.train_clip`, imports and all."""
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in recipe(args).items()]
-    return start("-m", "train.train_clip", *flags, f"--out={args.out / name}", f"--steps={steps}", *more)
+    return start("-m", "train.train_clip", *flags, f"--out={args.out / name}", f"--steps={steps}", "--overwrite", *more)
 
 
 def calibrate(args: argparse.Namespace) -> int:

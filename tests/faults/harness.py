@@ -158,7 +158,7 @@ def torment(script: Script, folder: Path, kills: int, seed: int) -> Tally:
             lost += damage or found < newest
             newest = found
             end = live(script, after if done < kills else None, die_in_a_save(dice) if inside and done < kills else None,
-                       out=str(out), resume=newest >= 0)
+                       out=str(out), resume=newest >= 0, overwrite=newest < 0)
             if end.code != -signal.SIGKILL:
                 break
             done, in_saves = done + 1, in_saves + inside
