@@ -137,7 +137,7 @@ def test_a_second_run_encodes_nothing(tmp_path: Path, models: Path, data: Path, 
     with monkeypatch.context() as patch:
         patch.setattr(LatentWriter, "fold", never)
         patch.setattr(StableDiffusionPipeline, "encode_prompt", never)
-        assert (train(models / kind, data, tmp_path) / WEIGHTS).read_bytes() == weights
+        assert (train(models / kind, data, tmp_path, overwrite=True) / WEIGHTS).read_bytes() == weights
 
 
 def float64(monkeypatch) -> None:
