@@ -12,14 +12,17 @@ import runpy
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.test_train_parallel import needs_fork, together
 from train import common, judge, train_clip, train_diffusion
 from train.common import UserError, check_flags, command, parse_flags
 from train.matcher import Preset as MatcherPreset
+from train.parallel import join
 from train.writer import Preset
 
 ROOT = Path(__file__).parent.parent
@@ -124,6 +127,22 @@ def test_two_processes_share_the_refusal_and_the_removal(name: str, tmp_path: Pa
     assert capfd.readouterr().err.count("holds a run already") == 2 and contents(out) == before
     assert together(2, lambda: train(name, out, optimizer="adamw", overwrite=True)) == [0, 0]
     assert steps_in(out) == [0, 1, 2, 3] and not (out / "skipped.1.txt").exists()
+
+
+@needs_fork
+def test_the_others_wait_until_the_earlier_run_is_gone(tmp_path: Path, monkeypatch) -> None:
+    """What they leave from then on is of the new run."""
+    def slowly(out: Path) -> None:
+        time.sleep(0.5)
+        (out / "cleared").touch()
+
+    def work() -> None:
+        cfg = train_clip.TrainConfig(out=str(tmp_path), overwrite=True)
+        common.open_books(cfg, join(torch.device("cpu")), None)
+        assert (tmp_path / "cleared").exists()
+
+    monkeypatch.setattr(common, "clear", slowly)
+    assert together(2, work) == [0, 0]
 
 
 def test_a_report_shows_pictures_of_its_own_run_alone(tmp_path: Path) -> None:
@@ -329,7 +348,7 @@ def test_a_reader_that_leaves_ends_a_script_quietly(argv: list[str], tmp_path: P
     os.close(reader)
     more = ["--out", str(tmp_path / "run")] if "--steps" in argv else []
     done = subprocess.run([sys.executable, "-m", *argv, *more], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""})
     os.close(writer)
     assert done.stderr == "" and done.returncode in (0, 141)
 
