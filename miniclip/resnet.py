@@ -21,9 +21,9 @@ from miniclip.model import (
     CLIPPreTrainedModel,
     CLIPTextTransformer,
     Features,
-    features_of,
     attention_fused,
     clip_loss,
+    features_of,
     normalize,
     projection,
 )

@@ -7,7 +7,6 @@ import torch
 
 from miniclip.config import ConfigError
 from minidiff import samplers
-from minidiff.samplers.ddpm import DDPMScheduler
 from minidiff.samplers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -18,6 +17,7 @@ from minidiff.samplers import (
     base,
 )
 from minidiff.samplers.ddim import DDIMConfig
+from minidiff.samplers.ddpm import DDPMScheduler
 
 torch.set_num_threads(1)
 

@@ -10,8 +10,8 @@ import torch
 
 from miniclip.tokenizer import CLIPTokenizer
 from minidiff import samplers
-from minidiff.samplers.ddpm import DDPMScheduler
 from minidiff.pipeline import StableDiffusionPipeline
+from minidiff.samplers.ddpm import DDPMScheduler
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
