@@ -1,6 +1,7 @@
 from miniclip.bert import BertConfig, ChineseCLIPConfig, ChineseCLIPModel, DistilBertConfig
 from miniclip.config import CLIPConfig, CLIPResNetConfig, CLIPTextConfig, CLIPVisionConfig, ConfigError
 from miniclip.image import CLIPImageProcessor, CLIPProcessor, ImageError
+from miniclip.image_text import ImageTextModel
 from miniclip.model import (
     CLIPModel,
     CLIPTextModel,
@@ -35,6 +36,7 @@ __all__ = [
     "ConfigError",
     "DistilBertConfig",
     "ImageError",
+    "ImageTextModel",
     "SimpleCLIPConfig",
     "SimpleCLIPModel",
     "TokenizerError",

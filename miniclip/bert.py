@@ -33,7 +33,7 @@ from miniclip.model import (
     attention_written_out,
 )
 
-# ------------------------------------------------------------------------------------------------- configs
+# ---------------------------------------------------------------------------------------------------- configs
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class BertConfig(Config):
         "model_type": ("chinese_clip_text_model", "chinese_clip", "bert"),
     }
     metadata: ClassVar[frozenset[str]] = GENERIC_METADATA | frozenset(
-        "bos_token_id eos_token_id directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers "
-        "pooler_size_per_head pooler_type classifier_dropout projection_dim".split()
+        "bos_token_id eos_token_id directionality pooler_fc_size pooler_num_attention_heads "
+        "pooler_num_fc_layers pooler_size_per_head pooler_type classifier_dropout projection_dim".split()
     )
 
     def __post_init__(self) -> None:
@@ -99,6 +99,7 @@ class DistilBertConfig(Config):
 
     @property
     def hidden_size(self) -> int:
+        """`dim`, under the name that BERT and CLIP give it."""
         return self.dim
 
 
@@ -126,6 +127,7 @@ class ChineseCLIPConfig(CLIPConfig):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "config") -> ChineseCLIPConfig:
+        """CLIPConfig.from_dict, with a BertConfig for the text and the towers' own model_type ignored."""
         values = dict(values)
         for name, kind in (("text_config", BertConfig), ("vision_config", CLIPVisionConfig)):
             legacy = values.pop(f"{name}_dict", None)
@@ -138,7 +140,7 @@ def _without_type(values: Any) -> Any:
     return {k: v for k, v in values.items() if k != "model_type"} if isinstance(values, dict) else values
 
 
-# --------------------------------------------------------------------------------------- shared by both towers
+# -------------------------------------------------------------------------------------- shared by both towers
 
 
 def padding_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -146,7 +148,8 @@ def padding_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if mask is None:
         return None
     hidden = ~mask.bool()[:, None, None, :]
-    return torch.zeros(hidden.shape, dtype=dtype, device=mask.device).masked_fill(hidden, torch.finfo(dtype).min)
+    lowest = torch.finfo(dtype).min
+    return torch.zeros(hidden.shape, dtype=dtype, device=mask.device).masked_fill(hidden, lowest)
 
 
 def attend(
@@ -176,7 +179,8 @@ def init_bert(tower: nn.Module, deviation: float) -> None:
 class Embeddings(nn.Module):
     """Word + position (+ segment) vectors, normed: [B, S] -> [B, S, D]."""
 
-    def __init__(self, vocab: int, positions: int, types: int, D: int, pad: int | None, eps: float, dropout: float):
+    def __init__(self, vocab: int, positions: int, types: int, D: int, pad: int | None, eps: float,
+                 dropout: float):
         super().__init__()
         self.word_embeddings = nn.Embedding(vocab, D, padding_idx=pad)
         self.position_embeddings = nn.Embedding(positions, D)
@@ -185,10 +189,13 @@ class Embeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(D, eps=eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None, token_type_ids: Tensor | None) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None,
+                token_type_ids: Tensor | None) -> Tensor:
+        """[B, S] -> [B, S, D]; positions default to 0 .. S-1, types to 0. ValueError for too large an S."""
         S, most = input_ids.shape[1], self.position_embeddings.num_embeddings
         if S > most:
-            raise ValueError(f"input_ids: {S} tokens, but the model has max_position_embeddings = {most}; truncate")
+            raise ValueError(f"input_ids: {S} tokens, but the model has max_position_embeddings = {most}; "
+                             "truncate")
         x = self.word_embeddings(input_ids)                                   # [B, S, D]
         if hasattr(self, "token_type_embeddings"):
             types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
@@ -199,7 +206,8 @@ class Embeddings(nn.Module):
 
 
 class PostNormTower(nn.Module):
-    """What BERT and DistilBERT share: embeddings, blocks with the norm after the sum, the first token as summary."""
+    """What BERT and DistilBERT share: embeddings, blocks with the norm after the sum,
+    the first token as summary."""
 
     def forward(
         self,
@@ -226,13 +234,16 @@ class PostNormTower(nn.Module):
         return out if return_dict is not False else out.to_tuple()
 
     def blocks(self) -> nn.ModuleList:
+        """Hook: the tower's blocks, each called with (x, bias, want)."""
         raise NotImplementedError
 
 
-# ----------------------------------------------------------------------------------------------------- BERT
+# ------------------------------------------------------------------------------------------------------- BERT
 
 
 class BertSelfAttention(nn.Module):
+    """Attention without its output projection, which is a BertOutput: [B, S, D] -> [B, S, D]."""
+
     def __init__(self, config: BertConfig):
         super().__init__()
         D = config.hidden_size
@@ -240,6 +251,7 @@ class BertSelfAttention(nn.Module):
         self.num_heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
 
     def forward(self, x: Tensor, bias: Tensor | None, want: bool) -> tuple[Tensor, Tensor | None]:
+        """[B, S, D] -> the same and, if wanted, the weights [B, nh, S, S]; bias as padding_bias gives it."""
         dropout = self.dropout if self.training else 0.0
         return attend(self.query(x), self.key(x), self.value(x), self.num_heads, bias, dropout, want)
 
@@ -247,18 +259,20 @@ class BertSelfAttention(nn.Module):
 class BertOutput(nn.Module):
     """dense, dropout, then norm(y + x): the end of both halves of a block."""
 
-    def __init__(self, inside: int, config: BertConfig):
+    def __init__(self, in_features: int, config: BertConfig):
         super().__init__()
-        self.dense = nn.Linear(inside, config.hidden_size)
+        self.dense = nn.Linear(in_features, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """y [B, S, in_features] and the skip x [B, S, D] -> [B, S, D]."""
         return self.LayerNorm(self.dropout(self.dense(y)) + x)
 
 
 class BertLayer(nn.Module):
-    """Post-norm block: x = norm(x + attention(x)), then norm(x + mlp(x)). Nested names are checkpoint keys."""
+    """Post-norm block: x = norm(x + attention(x)), then norm(x + mlp(x)).
+    Nested names are checkpoint keys."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -269,6 +283,7 @@ class BertLayer(nn.Module):
         self.act = activation(config.hidden_act)
 
     def forward(self, x: Tensor, bias: Tensor | None, want: bool) -> tuple[Tensor, Tensor | None]:
+        """[B, S, D] -> the same and, if wanted, the weights [B, nh, S, S]."""
         y, weights = self.attention["self"](x, bias, want)
         x = self.attention["output"](y, x)
         return self.output(self.act(self.intermediate["dense"](x)), x), weights
@@ -284,17 +299,21 @@ class BertTower(PostNormTower):
             c.vocab_size, c.max_position_embeddings, c.type_vocab_size, c.hidden_size, c.pad_token_id,
             c.layer_norm_eps, c.hidden_dropout_prob,
         )  # fmt: skip
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(BertLayer(c) for _ in range(c.num_hidden_layers))})
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(BertLayer(c)
+                                                             for _ in range(c.num_hidden_layers))})
         init_bert(self, config.initializer_range)
 
     def blocks(self) -> nn.ModuleList:
+        """encoder.layer.N."""
         return self.encoder["layer"]
 
 
-# ----------------------------------------------------------------------------------------------- DistilBERT
+# ------------------------------------------------------------------------------------------------- DistilBERT
 
 
 class DistilBertAttention(nn.Module):
+    """Self-attention with its output projection: [B, S, D] -> [B, S, D]."""
+
     def __init__(self, config: DistilBertConfig):
         super().__init__()
         D = config.dim
@@ -303,6 +322,7 @@ class DistilBertAttention(nn.Module):
         self.num_heads, self.dropout = config.n_heads, config.attention_dropout
 
     def forward(self, x: Tensor, bias: Tensor | None, want: bool) -> tuple[Tensor, Tensor | None]:
+        """[B, S, D] -> the same and, if wanted, the weights [B, nh, S, S]; bias as padding_bias gives it."""
         dropout = self.dropout if self.training else 0.0
         y, weights = attend(self.q_lin(x), self.k_lin(x), self.v_lin(x), self.num_heads, bias, dropout, want)
         return self.out_lin(y), weights
@@ -321,6 +341,7 @@ class DistilBertBlock(nn.Module):
         self.dropout, self.act = nn.Dropout(config.dropout), activation(config.activation)
 
     def forward(self, x: Tensor, bias: Tensor | None, want: bool) -> tuple[Tensor, Tensor | None]:
+        """[B, S, D] -> the same and, if wanted, the weights [B, nh, S, S]."""
         y, weights = self.attention(x, bias, want)
         x = self.sa_layer_norm(y + x)
         y = self.dropout(self.ffn["lin2"](self.act(self.ffn["lin1"](x))))
@@ -336,14 +357,16 @@ class DistilBertTower(PostNormTower):
         self.embeddings = Embeddings(
             c.vocab_size, c.max_position_embeddings, 0, c.dim, c.pad_token_id, 1e-12, c.dropout
         )
-        self.transformer = nn.ModuleDict({"layer": nn.ModuleList(DistilBertBlock(c) for _ in range(c.n_layers))})
+        self.transformer = nn.ModuleDict({"layer": nn.ModuleList(DistilBertBlock(c)
+                                                                 for _ in range(c.n_layers))})
         init_bert(self, config.initializer_range)
 
     def blocks(self) -> nn.ModuleList:
+        """transformer.layer.N."""
         return self.transformer["layer"]
 
 
-# ---------------------------------------------------------------------------------------------- Chinese-CLIP
+# ----------------------------------------------------------------------------------------------- Chinese-CLIP
 
 
 class ChineseCLIPModel(CLIPModel):
@@ -359,7 +382,8 @@ class ChineseCLIPModel(CLIPModel):
         kept = super().convert_keys(state_dict)
         return {k: v for k, v in kept.items() if not k.startswith("text_model.pooler.")}
 
-    def get_text_features(self, *args: Any, token_type_ids: Tensor | None = None, **kwargs: Any) -> Features | tuple:
+    def get_text_features(self, *args: Any, token_type_ids: Tensor | None = None,
+                          **kwargs: Any) -> Features | tuple:
         """[B, E], not normalised; BERT's tokenizer also gives token_type_ids."""
         return super().get_text_features(*args, token_type_ids=token_type_ids, **kwargs)
 

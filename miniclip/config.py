@@ -48,9 +48,11 @@ class Config:
                 chosen[name] = value
             elif name in cls.inert:
                 if not any(value is v or (value == v and type(value) is type(v)) for v in cls.inert[name]):
-                    raise ConfigError(f"{source}: {name} = {value!r} is not supported, only {cls.inert[name]}")
+                    raise ConfigError(f"{source}: {name} = {value!r} is not supported, only "
+                                      f"{cls.inert[name]}")
             elif not name.startswith("_") and name not in cls.metadata:
-                raise ConfigError(f"{source}: unknown field {name!r}; {cls.__name__} knows {', '.join(known)}")
+                raise ConfigError(f"{source}: unknown field {name!r}; {cls.__name__} knows "
+                                  f"{', '.join(known)}")
         try:
             return cls(**chosen)
         except ConfigError as error:
@@ -69,9 +71,11 @@ class Config:
         return name in self.keys()
 
     def keys(self) -> list[str]:
+        """Field names in order; with them `dict(config)` works."""
         return [f.name for f in dataclasses.fields(self)]
 
     def get(self, name: str, default: Any = None) -> Any:
+        """A field's value, or `default` where this config has no such field."""
         return getattr(self, name) if name in self.keys() else default
 
 
@@ -138,7 +142,8 @@ ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 
 @dataclass(frozen=True)
 class CLIPTextConfig(Config):
-    """The text tower. Defaults: OpenAI's ViT-B/32. `from_dict` also takes the config of a whole CLIP model."""
+    """The text tower. Defaults: OpenAI's ViT-B/32. `from_dict` also takes the config of a whole CLIP
+    model."""
 
     vocab_size: int = 49408
     hidden_size: int = 512  # D, width of the residual stream
@@ -152,7 +157,8 @@ class CLIPTextConfig(Config):
     attention_dropout: float = 0.0  # in training only
     initializer_range: float = 0.02
     initializer_factor: float = 1.0
-    pad_token_id: int | None = 1  # upstream's default, not the tokenizer's pad (49407); the tower never reads it
+    # upstream's default, not the tokenizer's pad (49407); the tower never reads it
+    pad_token_id: int | None = 1
     bos_token_id: int | None = 49406
     eos_token_id: int | None = 49407  # 2 selects the old pooling rule: position of the largest id
 
@@ -161,15 +167,18 @@ class CLIPTextConfig(Config):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "config") -> CLIPTextConfig:
+        """Reads a text tower's config, or the text half of a whole CLIP's."""
         if "text_config" in values or "text_config_dict" in values:
             return CLIPConfig.from_dict(values, source).text_config
         return super().from_dict(values, source)
 
     @classmethod
     def for_tokenizer(cls, tokenizer: Any, **sizes: Any) -> CLIPTextConfig:
-        """A config that fits a tokenizer: its vocabulary, its special ids, its greatest length; the rest from `sizes`.
+        """A config that fits a tokenizer: its vocabulary, its special ids, its greatest length;
+        the rest from `sizes`.
 
-        The end token's id decides where a text is read out, so a tokenizer of your own needs a config of its own.
+        The end token's id decides where a text is read out,
+        so a tokenizer of your own needs a config of its own.
         """
         given = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -181,7 +190,8 @@ class CLIPTextConfig(Config):
 
 @dataclass(frozen=True)
 class CLIPVisionConfig(Config):
-    """The picture tower, a ViT. Defaults: ViT-B/32. `from_dict` also takes the config of a whole CLIP model."""
+    """The picture tower, a ViT. Defaults: ViT-B/32. `from_dict` also takes the config of a whole CLIP
+    model."""
 
     hidden_size: int = 768  # D
     intermediate_size: int = 3072
@@ -202,6 +212,7 @@ class CLIPVisionConfig(Config):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "config") -> CLIPVisionConfig:
+        """Reads a vision tower's config, or the vision half of a whole CLIP's."""
         if "vision_config" in values or "vision_config_dict" in values:
             return CLIPConfig.from_dict(values, source).vision_config
         return super().from_dict(values, source)
@@ -209,7 +220,8 @@ class CLIPVisionConfig(Config):
     def __post_init__(self) -> None:
         _check_tower(self)
         if not 0 < self.patch_size <= self.image_size:
-            raise ConfigError(f"patch_size = {self.patch_size} does not fit into image_size = {self.image_size}")
+            raise ConfigError(f"patch_size = {self.patch_size} does not fit into image_size = "
+                              f"{self.image_size}")
 
 
 @dataclass(frozen=True)
@@ -233,14 +245,17 @@ class CLIPConfig(Config):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "config") -> CLIPConfig:
+        """Reads both towers; where the legacy text_config_dict or vision_config_dict is there, it wins."""
         values = dict(values)
         for name, kind in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
-            values[name] = read_tower(kind, values.get(name), values.pop(f"{name}_dict", None), f"{source}: {name}")
+            values[name] = read_tower(kind, values.get(name), values.pop(f"{name}_dict", None),
+                                      f"{source}: {name}")
         return super().from_dict(values, source)
 
 
 def read_tower(kind: type, values: Any, legacy: Any, source: str) -> Config:
-    """One tower of a CLIP config. The legacy `*_config_dict` wins, its defaults included, as upstream has it."""
+    """One tower of a CLIP config. The legacy `*_config_dict` wins, its defaults included,
+    as upstream has it."""
     for given in (values, legacy):
         if not isinstance(given, (dict, kind, type(None))):
             raise ConfigError(f"{source} = {given!r} is not an object")
@@ -276,11 +291,14 @@ class CLIPResNetConfig(Config):
 
     def __post_init__(self) -> None:
         if not isinstance(self.text_config, CLIPTextConfig):
-            object.__setattr__(self, "text_config", CLIPTextConfig.from_dict(self.text_config or {}, "text_config"))
+            object.__setattr__(self, "text_config",
+                               CLIPTextConfig.from_dict(self.text_config or {}, "text_config"))
         if self.image_size % 32 or self.image_size < 32:
-            raise ConfigError(f"image_size = {self.image_size} is not a multiple of 32, by which this ResNet shrinks")
+            raise ConfigError(f"image_size = {self.image_size} is not a multiple of 32, by which this ResNet "
+                              "shrinks")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "config") -> CLIPResNetConfig:
+        """Config.from_dict, with text_config an object, a CLIPTextConfig, or absent."""
         text = read_tower(CLIPTextConfig, values.get("text_config"), None, f"{source}: text_config")
         return super().from_dict({**values, "text_config": text}, source)

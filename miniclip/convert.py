@@ -1,7 +1,9 @@
-"""Checkpoints of other projects -> our models: OpenAI's archives, OpenCLIP's files, the tutorial's best.pt, folders.
+"""Checkpoints of other projects -> our models: OpenAI's archives, OpenCLIP's files,
+the tutorial's best.pt, folders.
 
 Read after weights.py. `load(path)` takes them all; `python -m miniclip.convert FILE FOLDER` writes a folder.
-Papers: none. Source of the key names: clip/model.py of OpenAI, open_clip/model.py, transformers' modeling_clip.py.
+Papers: none. Source of the key names: clip/model.py of OpenAI, open_clip/model.py,
+transformers' modeling_clip.py.
 Mirrors: build_model of OpenAI, convert_clip_original_pytorch_to_hf.py of transformers.
 Shapes: D width, L layers, E shared width, p patch side, n picture side.
 """
@@ -85,14 +87,16 @@ INSIDE = (
     (".mlp.c_proj.", ".mlp.fc2."),
 )
 TRANSPOSED = ("visual.proj", "text_projection")  # x @ P there, Linear here
-NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids")  # numbers and masks
+# numbers and masks
+NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids")
 
 
-# ------------------------------------------------------------------------------------------------ key tables
+# ------------------------------------------------------------------------------------------------- key tables
 
 
 def from_openai(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """OpenAI's or OpenCLIP's ViT keys -> ours; either tower may be missing. q, k and v are cut out of in_proj."""
+    """OpenAI's or OpenCLIP's ViT keys -> ours; either tower may be missing.
+    q, k and v are cut out of in_proj."""
     converted = {}
     for key, tensor in state_dict.items():
         if key.rsplit(".", 1)[-1] in NO_WEIGHTS:
@@ -119,7 +123,10 @@ def to_openai(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             parts[match[2]] = tensor
         else:
             converted[name] = tensor.T if name in TRANSPOSED else tensor
-    whole = lambda t: torch.cat([t["q"], t["k"], t["v"]]) if isinstance(t, dict) else t.contiguous()  # noqa: E731
+
+    def whole(t: Tensor | dict[str, Tensor]) -> Tensor:
+        return torch.cat([t["q"], t["k"], t["v"]]) if isinstance(t, dict) else t.contiguous()
+
     return {name: whole(tensor) for name, tensor in converted.items()}
 
 
@@ -147,7 +154,8 @@ class _Module:
 
 
 class _Reader(pickle.Unpickler):
-    """Unpickles the module tree of a TorchScript archive. It can make modules, tensors and lists, nothing else."""
+    """Unpickles the module tree of a TorchScript archive.
+    It can make modules, tensors and lists, nothing else."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str):
         super().__init__(archive.open(root + "data.pkl"))
@@ -155,6 +163,7 @@ class _Reader(pickle.Unpickler):
         self.storages: dict[str, Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
+        """Hook of Unpickler: what a name in the file stands for. Raises WeightsError for others."""
         if module.split(".")[0] == "__torch__":
             return _Module
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -162,13 +171,15 @@ class _Reader(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return dict
         if module == "torch.jit._pickle" and name.startswith(("build_", "restore_type_tag")):
-            return lambda value, *rest: value                                 # lists of numbers, and type names
+            # lists of numbers, and type names
+            return lambda value, *rest: value
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
         raise WeightsError(f"the archive asks for {module}.{name}, which a checkpoint has no use for")
 
     def persistent_load(self, pid: Any) -> Tensor:
-        """("storage", dtype, key, device, count) -> a flat tensor; the device it was saved on does not matter."""
+        """("storage", dtype, key, device, count) -> a flat tensor;
+        the device it was saved on does not matter."""
         kind, dtype, key, _, count = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not re.fullmatch(r"\d+", key):
             raise WeightsError(f"the archive names a storage {pid!r}")
@@ -192,7 +203,8 @@ def _tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *rest: Any
 
 
 def read_archive(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a TorchScript archive, as OpenAI publishes its models, without torch.jit and without its code.
+    """The tensors of a TorchScript archive, as OpenAI publishes its models,
+    without torch.jit and without its code.
 
     Raises WeightsError for anything that is not such an archive.
     """
@@ -201,7 +213,8 @@ def read_archive(path: str | os.PathLike) -> dict[str, Tensor]:
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path) + 2**20:
                 raise WeightsError("the archive claims to hold more than its own size")
-            root = next(name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl"))
+            root = next(name for name in archive.namelist() if name.count("/") == 1
+                        and name.endswith("/data.pkl"))
             tree = _Reader(archive, root.removesuffix("data.pkl")).load()
         found: dict[str, Tensor] = {}
         _collect(tree, "", found, 0)
@@ -237,7 +250,8 @@ def read_any(path: str | os.PathLike) -> tuple[dict[str, Tensor], bool]:
 
 
 def _unwrapped(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefix of distributed training, and with OpenCLIP's "text." tower at the top, where OpenAI has it."""
+    """Without the prefix of distributed training, and with OpenCLIP's "text." tower at the top,
+    where OpenAI has it."""
     if state_dict and all(key.startswith("module.") for key in state_dict):
         state_dict = {key.removeprefix("module."): tensor for key, tensor in state_dict.items()}
     if "text.token_embedding.weight" in state_dict:
@@ -251,9 +265,10 @@ def _unwrapped(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 def load(path: str | os.PathLike, name: str | None = None) -> nn.Module:
     """Any checkpoint -> a model in float32, in eval mode.
 
-    path: a folder of transformers or of ours; OpenAI's .pt; an OpenCLIP file, for which `name` says which model it
-    is ("ViT-H-14", "ViT-B-32-quickgelu", ...), since neither head counts nor activations are in the file; the
-    tutorial's best.pt. Raises WeightsError that says what was looked for.
+    path: a folder of transformers or of ours; OpenAI's .pt;
+    an OpenCLIP file, for which `name` says which model it is ("ViT-H-14", "ViT-B-32-quickgelu", ...), since
+    neither head counts nor activations are in the file; the tutorial's best.pt.
+    Raises WeightsError that says what was looked for.
     """
     path = os.fspath(path)
     if os.path.isdir(path):
@@ -266,17 +281,21 @@ def load(path: str | os.PathLike, name: str | None = None) -> nn.Module:
     if "visual.layer1.0.conv1.weight" in state_dict:
         config = resnet_config(state_dict, name, archive, path)
         text = from_openai({k: v for k, v in state_dict.items() if not k.startswith("visual.")})
-        visual = {k: v for k, v in state_dict.items() if k.startswith("visual.") and k != "visual.input_resolution"}
+        visual = {k: v for k, v in state_dict.items() if k.startswith("visual.")
+                  and k != "visual.input_resolution"}
         return _filled(CLIPResNetModel, config, {**text, **visual}, path)
     if "visual.class_embedding" in state_dict and "token_embedding.weight" in state_dict:
         return _filled(CLIPModel, clip_config(state_dict, name, archive, path), from_openai(state_dict), path)
     wanted = {
-        "OpenAI or OpenCLIP ViT": "visual.class_embedding", "OpenAI or OpenCLIP ResNet": "visual.layer1.0.conv1.weight",
-        "transformers": "vision_model.embeddings.class_embedding", "the tutorial": "image_encoder.model.conv1.weight",
+        "OpenAI or OpenCLIP ViT": "visual.class_embedding",
+        "OpenAI or OpenCLIP ResNet": "visual.layer1.0.conv1.weight",
+        "transformers": "vision_model.embeddings.class_embedding",
+        "the tutorial": "image_encoder.model.conv1.weight",
     }  # fmt: skip
     looked = ", ".join(f"{key} ({family})" for family, key in wanted.items())
     first = ", ".join(list(state_dict)[:3])
-    raise WeightsError(f"{path}: family not known; looked for {looked}; the {len(state_dict)} tensors begin {first}")
+    raise WeightsError(f"{path}: family not known; looked for {looked}; the {len(state_dict)} tensors begin "
+                       f"{first}")
 
 
 def _filled(kind: type, config: Any, state_dict: dict[str, Tensor], source: str) -> nn.Module:
@@ -287,7 +306,8 @@ def _filled(kind: type, config: Any, state_dict: dict[str, Tensor], source: str)
 
 
 FOLDERS = {
-    "clip": CLIPModel, "clip_resnet": CLIPResNetModel, "simple_clip": SimpleCLIPModel, "chinese_clip": ChineseCLIPModel,
+    "clip": CLIPModel, "clip_resnet": CLIPResNetModel, "simple_clip": SimpleCLIPModel,
+    "chinese_clip": ChineseCLIPModel,
     "CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
     "CLIPVisionModel": CLIPVisionModel, "CLIPVisionModelWithProjection": CLIPVisionModelWithProjection,
 }  # fmt: skip
@@ -305,14 +325,15 @@ def _load_folder(folder: str) -> nn.Module:
 
 
 def _named(name: str | None, archive: bool, table: dict, source: str) -> tuple[tuple | None, str]:
-    """The row of a named config, and the activation. OpenAI's archives need no name: all their heads are 64 wide."""
+    """The row of a named config, and the activation. OpenAI's archives need no name: all their heads are 64
+    wide."""
     if name is None and archive:
         return None, "quick_gelu"
     known = ", ".join(table)
     if name is None:
         raise WeightsError(
-            f"{source}: head count and activation are not in the file and cannot be inferred; give a name, one of "
-            f"{known}, with -quickgelu if it was trained so (OpenAI's were)"
+            f"{source}: head count and activation are not in the file and cannot be inferred; give a name, "
+            f"one of {known}, with -quickgelu if it was trained so (OpenAI's were)"
         )
     base = name.removesuffix("-quickgelu")
     if base not in table:
@@ -359,15 +380,18 @@ def clip_config(state_dict: dict[str, Tensor], name: str | None, archive: bool, 
         read = (E, (n, p, D, L), (text.hidden_size, text.num_hidden_layers))
         _agree(name, (row[0], row[1][:4], row[2][:2]), read, source)
     vision = CLIPVisionConfig(
-        hidden_size=D, num_channels=channels, patch_size=p, image_size=n, num_hidden_layers=L, projection_dim=E,
+        hidden_size=D, num_channels=channels, patch_size=p, image_size=n, num_hidden_layers=L,
+        projection_dim=E,
         intermediate_size=_shape(state_dict, "visual.transformer.resblocks.0.mlp.c_fc.weight", source)[0],
         num_attention_heads=D // (row[1][4] if row else 64), hidden_act=act,
     )  # fmt: skip
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=E)
 
 
-def resnet_config(state_dict: dict[str, Tensor], name: str | None, archive: bool, source: str) -> CLIPResNetConfig:
-    """The config of a ResNet model from its OpenAI keys; the name is needed for the text tower's activation."""
+def resnet_config(state_dict: dict[str, Tensor], name: str | None, archive: bool,
+                  source: str) -> CLIPResNetConfig:
+    """The config of a ResNet model from its OpenAI keys;
+    the name is needed for the text tower's activation."""
     row, act = _named(name, archive, RESNET, source)
     text = _text_config(state_dict, row and row[2][2], act, source)
     stages = tuple(_layers(state_dict, f"visual.layer{i}.") for i in (1, 2, 3, 4))
@@ -377,7 +401,8 @@ def resnet_config(state_dict: dict[str, Tensor], name: str | None, archive: bool
         read = (text.projection_dim, (n, w, stages), (text.hidden_size, text.num_hidden_layers))
         _agree(name, (row[0], row[1], row[2][:2]), read, source)
     return CLIPResNetConfig(
-        text_config=text, vision_layers=stages, vision_width=w, image_size=n, projection_dim=text.projection_dim
+        text_config=text, vision_layers=stages, vision_width=w, image_size=n,
+        projection_dim=text.projection_dim
     )
 
 
@@ -386,7 +411,8 @@ def simple_config(state_dict: dict[str, Tensor]) -> SimpleCLIPConfig:
     prefix = "text_encoder.model."
     vocab, D = state_dict[prefix + "embeddings.word_embeddings.weight"].shape
     text = DistilBertConfig(
-        vocab_size=vocab, dim=D, n_heads=max(D // 64, 1), n_layers=_layers(state_dict, prefix + "transformer.layer."),
+        vocab_size=vocab, dim=D, n_heads=max(D // 64, 1),
+        n_layers=_layers(state_dict, prefix + "transformer.layer."),
         hidden_dim=state_dict[prefix + "transformer.layer.0.ffn.lin1.weight"].shape[0],
         max_position_embeddings=state_dict[prefix + "embeddings.position_embeddings.weight"].shape[0],
     )  # fmt: skip
@@ -399,18 +425,21 @@ def simple_config(state_dict: dict[str, Tensor]) -> SimpleCLIPConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
-    what = "Reads a CLIP checkpoint of any family, writes a model folder."
-    parser = argparse.ArgumentParser("python -m miniclip.convert", description=what)
+    """The command; returns its exit status, 2 after a mistake of the user."""
+    parser = argparse.ArgumentParser("python -m miniclip.convert",
+                                     description="Reads a CLIP checkpoint of any family, writes a model "
+                                                 "folder.")
     parser.add_argument("file", help="OpenAI's .pt, an OpenCLIP file, the tutorial's best.pt, or a folder")
     parser.add_argument("folder", help="where config.json and model.safetensors go")
-    parser.add_argument("--name", help="which OpenCLIP model the file is, e.g. ViT-B-32 or ViT-B-32-quickgelu")
+    parser.add_argument("--name", help="which OpenCLIP model the file is, e.g. ViT-B-32 or "
+                                       "ViT-B-32-quickgelu")
     arguments = parser.parse_args(argv)
 
     def convert() -> None:
         model = load(arguments.file, arguments.name)
         model.save_pretrained(arguments.folder)
-        size = f"{model.num_parameters() / 1e6:.2f} M parameters"
-        print(f"{type(model).__name__}, {size} -> {arguments.folder}")
+        print(f"{type(model).__name__}, {model.num_parameters() / 1e6:.2f} M parameters -> "
+              f"{arguments.folder}")
 
     return run("convert", convert)
 

@@ -1,8 +1,10 @@
-"""Pictures for CLIP: RGB, shortest edge to n, crop the middle, scale, normalise; and the processor with text as well.
+"""Pictures for CLIP: RGB, shortest edge to n, crop the middle, scale, normalise; and the processor with text.
 
 Read after tokenizer.py; next weights.py. Pillow is imported only where a Pillow picture or a file comes in.
-Paper: none; the resampling is Pillow's ImagingResample, done here in torch to the last bit, so tensors need no Pillow.
-Mirrors: transformers' CLIPImageProcessor(Pil) and CLIPProcessor; OpenAI's clip.load transform as `.openai(n)`.
+Paper: none; the resampling is Pillow's ImagingResample, done here in torch to the last bit, so that tensors
+need no Pillow.
+Mirrors: transformers' CLIPImageProcessor(Pil) and CLIPProcessor; OpenAI's clip.load transform as
+`.openai(n)`.
 Shapes: C channels, H W height and width in pixels, n the side that the model reads, N pictures.
 """
 
@@ -27,7 +29,7 @@ class ImageError(ValueError):
     """A picture that cannot be read or is of no known kind; one line that names it."""
 
 
-# ---------------------------------------------------------------------------------------------- resampling
+# ------------------------------------------------------------------------------------------------- resampling
 
 
 def bicubic(x: Tensor) -> Tensor:
@@ -47,7 +49,8 @@ FILTERS = {2: (bilinear, 1.0), 3: (bicubic, 2.0)}  # Pillow's numbers for resamp
 
 
 def resampling_matrix(old: int, new: int, resample: int) -> Tensor:
-    """[new, old] float64: row i holds the weights of the old pixels for new pixel i, whole multiples of 2^-22.
+    """[new, old] float64: row i holds the weights of the old pixels for new pixel i,
+    whole multiples of 2^-22.
 
     Pillow widens the filter when it shrinks a picture (antialiasing) and rounds the weights to 22 bits.
     """
@@ -55,7 +58,8 @@ def resampling_matrix(old: int, new: int, resample: int) -> Tensor:
     scale = old / new
     stretch = max(scale, 1.0)
     centers = (torch.arange(new, dtype=torch.float64) + 0.5) * scale                  # [new]
-    low = (centers - support * stretch + 0.5).trunc().clamp_min(0)                    # first pixel under the filter
+    # first pixel under the filter
+    low = (centers - support * stretch + 0.5).trunc().clamp_min(0)
     high = (centers + support * stretch + 0.5).trunc().clamp_max(old)                 # one past the last
     pixels = torch.arange(old, dtype=torch.float64)                                   # [old]
     weights = kernel((pixels - centers[:, None] + 0.5) * (1.0 / stretch))             # [new, old]
@@ -68,8 +72,9 @@ def resampling_matrix(old: int, new: int, resample: int) -> Tensor:
 def resize(picture: Tensor, height: int, width: int, resample: int = 3) -> Tensor:
     """uint8 [C, H, W] -> uint8 [C, height, width], bit for bit what Pillow's Image.resize gives.
 
-    Columns first, then rows, rounded to 8 bits in between: the order of every Pillow up to 12; Pillow 13 turns it
-    round for pictures that lose far more height than width. Sums stay below 2^53, so float64 computes them exactly.
+    Columns first, then rows, rounded to 8 bits in between: the order of every Pillow up to 12;
+    Pillow 13 turns it round for pictures that lose far more height than width.
+    Sums stay below 2^53, so float64 computes them exactly.
     """
     x = picture.to("cpu", torch.float64)                                              # MPS has no float64
     if width != x.shape[2]:
@@ -82,7 +87,8 @@ def resize(picture: Tensor, height: int, width: int, resample: int = 3) -> Tenso
 def center_crop(picture: Tensor, height: int, width: int, rounding: str = "floor") -> Tensor:
     """[C, H, W] -> [C, height, width] from the middle; what is missing of a small picture is filled with 0.
 
-    rounding: where an odd margin's extra pixel goes. "floor" as transformers, "round" as torchvision (half to even);
+    rounding: where an odd margin's extra pixel goes.
+    "floor" as transformers, "round" as torchvision (half to even);
     they differ by one pixel on about a quarter of all aspect ratios.
     """
     _, H, W = picture.shape
@@ -97,7 +103,7 @@ def center_crop(picture: Tensor, height: int, width: int, rounding: str = "floor
     return picture[:, top : top + height, left : left + width]
 
 
-# -------------------------------------------------------------------------------------------- kinds of pictures
+# ------------------------------------------------------------------------------------------ kinds of pictures
 
 
 def read_image(path: str | os.PathLike) -> Any:
@@ -117,7 +123,8 @@ def _is_pillow(image: Any) -> bool:
 
 
 def pillow_to_rgb(image: Any, alpha: str) -> Any:
-    """A Pillow picture of any mode -> mode RGB. alpha: "white" composites on white, otherwise it is dropped."""
+    """A Pillow picture of any mode -> mode RGB. alpha: "white" composites on white,
+    otherwise it is dropped."""
     transparent = "A" in image.getbands() or image.info.get("transparency") is not None
     if transparent and alpha == "white":
         from PIL import Image
@@ -141,7 +148,8 @@ def array_to_tensor(image: Any) -> Tensor:
     elif not isinstance(image, Tensor) and x.ndim == 3 and x.shape[2] in (1, 3, 4):
         x = x.permute(2, 0, 1)
     if x.dtype != torch.uint8 or x.ndim != 3 or x.shape[0] not in (1, 3, 4):
-        raise ImageError(f"picture of {x.dtype}, shape {list(x.shape)}: expected uint8 with 1, 3 or 4 channels")
+        raise ImageError(f"picture of {x.dtype}, shape {list(x.shape)}: expected uint8 with 1, 3 or 4 "
+                         "channels")
     return x
 
 
@@ -154,15 +162,17 @@ def tensor_to_rgb(x: Tensor, alpha: str) -> Tensor:
     return x.expand(3, -1, -1) if x.shape[0] == 1 else x[:3]
 
 
-# ------------------------------------------------------------------------------------------------ processors
+# ------------------------------------------------------------------------------------------------- processors
 
 
 @dataclass(frozen=True)
 class CLIPImageProcessor(Config):
-    """Pictures -> pixel_values [N, 3, n, n]. Fields are those of preprocessor_config.json, defaults upstream's.
+    """Pictures -> pixel_values [N, 3, n, n]. Fields are those of preprocessor_config.json,
+    defaults upstream's.
 
-    A picture is a Pillow image, a path, a uint8 tensor [C, H, W] or a numpy array. alpha: "white" (transformers 5:
-    composited on white), "drop" (transformers 4), "drop_after_resize" (OpenAI). crop_rounding: see center_crop.
+    A picture is a Pillow image, a path, a uint8 tensor [C, H, W] or a numpy array.
+    alpha: "white" (transformers 5: composited on white), "drop" (transformers 4), "drop_after_resize"
+    (OpenAI). crop_rounding: see center_crop.
     """
 
     do_resize: bool = True
@@ -179,7 +189,8 @@ class CLIPImageProcessor(Config):
     alpha: str = "white"
     crop_rounding: str = "floor"
 
-    inert: ClassVar[dict[str, tuple]] = {"use_square_size": (False,), "do_pad": (False, None), "pad_size": (None,)}
+    inert: ClassVar[dict[str, tuple]] = {"use_square_size": (False,), "do_pad": (False, None),
+                                         "pad_size": (None,)}
     metadata: ClassVar[frozenset[str]] = frozenset(
         "image_processor_type feature_extractor_type processor_class default_to_square data_format "
         "input_data_format device return_tensors disable_grouping image_seq_length".split()
@@ -196,7 +207,8 @@ class CLIPImageProcessor(Config):
                  "crop_rounding": ("floor", "round"), "do_convert_rgb": (True,)}  # fmt: skip
         for name, values in known.items():
             if getattr(self, name) not in values:
-                raise ConfigError(f"{name} = {getattr(self, name)!r} is not one of {', '.join(map(repr, values))}")
+                raise ConfigError(f"{name} = {getattr(self, name)!r} is not one of "
+                                  f"{', '.join(map(repr, values))}")
 
     @classmethod
     def openai(cls, n: int = 224) -> CLIPImageProcessor:
@@ -215,23 +227,27 @@ class CLIPImageProcessor(Config):
                 values = values.get("image_processor", values)
                 if isinstance(values, dict) and (name.startswith("pre") or "image_mean" in values):
                     return cls.from_dict(values, path)
-        raise ConfigError(f"{folder}: no preprocessor_config.json or processor_config.json with an image processor")
+        raise ConfigError(f"{folder}: no preprocessor_config.json or processor_config.json with an image "
+                          "processor")
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes preprocessor_config.json, which transformers 4 and 5 read; ours alone are alpha, crop_rounding."""
+        """Writes preprocessor_config.json, which transformers 4 and 5 read;
+        ours alone are alpha, crop_rounding."""
         os.makedirs(folder, exist_ok=True)
         values = {"image_processor_type": "CLIPImageProcessor", **self.to_dict()}
         write_json(os.path.join(folder, "preprocessor_config.json"), values)
 
     def __call__(self, images: Any, return_tensors: str | None = "pt") -> Encoding:
-        """One picture or a list -> pixel_values float32 [N, 3, n, n]; return_tensors=None gives a list of [3, n, n]."""
+        """One picture or a list -> pixel_values float32 [N, 3, n, n];
+        return_tensors=None gives a list of [3, n, n]."""
         if return_tensors not in (None, "pt"):
             raise ImageError(f"return_tensors = {return_tensors!r} is not None or 'pt'")
         batch = isinstance(images, (list, tuple)) or (isinstance(images, Tensor) and images.ndim == 4)
         pictures = [self.preprocess(image) for image in (images if batch else [images])]
         if return_tensors == "pt":
             if len({p.shape for p in pictures}) > 1:
-                raise ImageError(f"pictures of sizes {[list(p.shape[1:]) for p in pictures[:5]]} make no batch")
+                raise ImageError(f"pictures of sizes {[list(p.shape[1:]) for p in pictures[:5]]} make no "
+                                 "batch")
             return Encoding(pixel_values=torch.stack(pictures))
         return Encoding(pixel_values=pictures)
 
@@ -247,7 +263,8 @@ class CLIPImageProcessor(Config):
         return x
 
     def _resized(self, image: Any) -> Tensor:
-        """Any kind of picture -> RGB uint8 [3, H', W'], resized: Pillow pictures by Pillow, the rest by resize()."""
+        """Any kind of picture -> RGB uint8 [3, H', W'], resized: Pillow pictures by Pillow,
+        the rest by resize()."""
         if isinstance(image, (str, os.PathLike)):
             image = read_image(image)
         if _is_pillow(image):
@@ -255,11 +272,13 @@ class CLIPImageProcessor(Config):
                 image = pillow_to_rgb(image, self.alpha)
             if self.do_resize:
                 height, width = self._target(image.height, image.width)
-                resample = 0 if image.mode in ("1", "P") else self.resample  # as torchvision: no mixing of indices
+                # as torchvision: no mixing of indices
+                resample = 0 if image.mode in ("1", "P") else self.resample
                 image = image.resize((width, height), resample=resample)
             return pillow_to_tensor(image.convert("RGB"))
         if not isinstance(image, Tensor) and type(image).__module__ != "numpy":
-            raise ImageError(f"{type(image).__name__} is not a picture: give a Pillow image, a path, a tensor or array")
+            raise ImageError(f"{type(image).__name__} is not a picture: give a Pillow image, a path, a "
+                             "tensor or array")
         x = tensor_to_rgb(array_to_tensor(image), self.alpha)
         return resize(x, *self._target(*x.shape[1:]), self.resample) if self.do_resize else x
 
@@ -273,13 +292,15 @@ class CLIPImageProcessor(Config):
 def _check_size(name: str, size: Any, allowed: tuple[set, ...]) -> None:
     whole = isinstance(size, dict) and all(type(v) is int and v > 0 for v in size.values())
     if not whole or set(size) not in allowed:
-        raise ConfigError(f"{name} = {size!r} is not a number of pixels or one of {[sorted(a) for a in allowed]}")
+        raise ConfigError(f"{name} = {size!r} is not a number of pixels or one of "
+                          f"{[sorted(a) for a in allowed]}")
 
 
 class CLIPProcessor:
     """An image processor and a tokenizer in one: `processor(text=[...], images=[...], padding=True)`."""
 
-    def __init__(self, image_processor: CLIPImageProcessor | None = None, tokenizer: CLIPTokenizer | None = None):
+    def __init__(self, image_processor: CLIPImageProcessor | None = None,
+                 tokenizer: CLIPTokenizer | None = None):
         self.image_processor = image_processor or CLIPImageProcessor()
         self.tokenizer = tokenizer
 
@@ -303,15 +324,19 @@ class CLIPProcessor:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> CLIPProcessor:
+        """Reads both parts from one local folder."""
         return cls(CLIPImageProcessor.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder))
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes both parts into one folder."""
         self.image_processor.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 
     def decode(self, ids: Any, **options: Any) -> str:
+        """Text of one row of ids; options as the tokenizer's."""
         return self.tokenizer.decode(ids, **options)
 
     def batch_decode(self, rows: Any, **options: Any) -> list[str]:
+        """Texts of many rows of ids."""
         return self.tokenizer.batch_decode(rows, **options)

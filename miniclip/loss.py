@@ -1,8 +1,9 @@
-"""Losses that bring pictures and texts together, the numbers that tell whether they do, and large batches in pieces.
+"""Losses that bring images and texts together, and large batches in chunks.
 
-Read after model.py; train/train_clip.py uses it all.
-Papers: Radford et al. 2021, section 2.3 (InfoNCE, the clamped temperature); Zhai et al. 2023 (SigLIP, algorithm 1);
-        Gao et al. 2021 (gradient cache). Mirrors: open_clip/loss.py, and its --accum-freq.
+Read after model.py; image_text.py uses it all, and retrieval.py measures what they achieve.
+Papers: Radford et al. 2021, section 2.3 (InfoNCE, the clamped temperature); Zhai et al. 2023 (SigLIP,
+algorithm 1); Gao et al. 2021 (gradient cache).
+Mirrors: open_clip/loss.py, and its --accum-freq.
 Shapes: B pairs, E shared width, Bi pictures, Bt texts.
 """
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MAX_LOGIT_SCALE = math.log(100)  # Radford 2021: the temperature is kept from going below 0.01
+COLLAPSED = 0.97        # of the loss of equal embeddings: a loss above it has not learned anything
 
 
 def same_captions(input_ids: Tensor) -> Tensor:
@@ -24,7 +26,8 @@ def same_captions(input_ids: Tensor) -> Tensor:
 
 
 def targets(labels: Tensor | None, size: int, device: torch.device) -> Tensor:
-    """[B, B] rows that sum to 1, spread evenly over the pairs of the same label; without labels the identity."""
+    """[B, B] rows that sum to 1, spread evenly over the pairs of the same label;
+    without labels the identity."""
     if labels is None:
         return torch.eye(size, device=device)
     if labels.shape != (size,):
@@ -34,14 +37,16 @@ def targets(labels: Tensor | None, size: int, device: torch.device) -> Tensor:
 
 
 def contrastive_loss(logits_per_text: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Symmetric InfoNCE that knows of duplicates: equal captions are no longer each other's wrong answers.
+    """Symmetric InfoNCE in which duplicate captions count as positives.
 
-    logits_per_text: [B, B], scaled. labels: [B], e.g. same_captions(input_ids). With all labels different it is
-    model.clip_loss. With duplicates the least value is not 0 but the entropy of the targets: see floor().
+    logits_per_text: [B, B], scaled. labels: [B], e.g. same_captions(input_ids).
+    With all labels different it is model.clip_loss.
+    With duplicates the least value is not 0 but the entropy of the targets: see floor().
     """
     B = logits_per_text.shape[0]
     if logits_per_text.shape != (B, B):
-        raise ValueError(f"the loss needs pairs, but the batch has logits of shape {list(logits_per_text.shape)}")
+        raise ValueError("the loss needs pairs, but the batch has logits of shape "
+                         f"{list(logits_per_text.shape)}")
     wanted = targets(labels, B, logits_per_text.device).to(logits_per_text.dtype)
     return (F.cross_entropy(logits_per_text, wanted) + F.cross_entropy(logits_per_text.T, wanted)) / 2
 
@@ -52,10 +57,12 @@ def floor(labels: Tensor | None, size: int) -> float:
     return (-(wanted * wanted.clamp_min(1e-300).log()).sum() / size).item()
 
 
-def siglip_loss(similarity: Tensor, logit_scale: Tensor, logit_bias: Tensor, labels: Tensor | None = None) -> Tensor:
+def siglip_loss(similarity: Tensor, logit_scale: Tensor, logit_bias: Tensor,
+                labels: Tensor | None = None) -> Tensor:
     """Every pair for itself: is this text of this picture? similarity: [B, B] cosines.
 
-    logit_scale: ln of the factor, ln 10 at the start; logit_bias: -10 at the start. Sum over pairs, divided by B.
+    logit_scale: ln of the factor, ln 10 at the start; logit_bias: -10 at the start.
+    Sum over pairs, divided by B.
     """
     logits = similarity * logit_scale.exp() + logit_bias                      # [B, B]
     sign = 2 * (targets(labels, len(logits), logits.device) > 0).to(logits.dtype) - 1
@@ -68,7 +75,7 @@ def clamp_temperature(logit_scale: nn.Parameter) -> None:
         logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
 
-# --------------------------------------------------------------------------------------------- large batches
+# ---------------------------------------------------------------------------------------------- large batches
 
 
 def cached_backward(
@@ -79,11 +86,13 @@ def cached_backward(
 ) -> Tensor:
     """Backward of a loss over one large batch, holding the activations of `chunk` items at a time.
 
-    encoders: functions to [n, E], e.g. picture and text features. inputs: for each encoder its tensors [B, ...].
-    loss_of: the whole batch's embeddings, one tensor an encoder -> scalar. Adds to .grad of all parameters exactly
-    what loss.backward() would, at the price of a second forward pass; plain accumulation would not, since every pair
-    is in the loss of every other. Random layers see the same numbers twice. Not for batch norm in training mode,
-    whose statistics would be those of the chunk. Returns the loss, detached.
+    encoders: functions to [n, E], e.g. picture and text features.
+    inputs: for each encoder its tensors [B, ...].
+    loss_of: the whole batch's embeddings, one tensor an encoder -> scalar.
+    Adds to .grad of all parameters exactly what loss.backward() would, at the price of a second forward pass;
+    plain accumulation would not, since every pair is in the loss of every other. Random layers see the same
+    numbers twice. Not for batch norm in training mode, whose statistics would be those of the chunk.
+    Returns the loss, detached.
     """
     pieces = [list(zip(*(t.split(chunk) for t in tensors), strict=True)) for tensors in inputs]
     states, cached = [], []
@@ -116,33 +125,3 @@ def _set_random_state(state: tuple) -> None:
     torch.set_rng_state(cpu)
     if device is not None:
         torch.cuda.set_rng_state(cuda, device)
-
-
-# ------------------------------------------------------------------------------------------------- retrieval
-
-
-def ranks(similarity: Tensor, relevant: Tensor) -> Tensor:
-    """Place, from 0, of the best relevant item for each query: [Q, N] scores and bools -> [Q].
-
-    An item counts as ahead if its score is at least as high, so that equal scores are no success.
-    """
-    if not relevant.any(dim=1).all():
-        raise ValueError("ranks: a query has no relevant item")
-    best = similarity.masked_fill(~relevant, float("-inf")).max(dim=1, keepdim=True).values
-    return ((similarity >= best) & ~relevant).sum(dim=1)
-
-
-def recall(similarity: Tensor, relevant: Tensor, k: int = 1) -> float:
-    """R@k: the share of queries with a relevant item among the k best. Every matching caption counts."""
-    return (ranks(similarity, relevant) < k).double().mean().item()
-
-
-def chance(relevant: Tensor, k: int = 1) -> float:
-    """R@k of a random order: 1 - C(N - r, k) / C(N, k), averaged over queries with r relevant items of N."""
-    return chance_of_counts(relevant.sum(dim=1).tolist(), relevant.shape[1], k)
-
-
-def chance_of_counts(relevant: list[int], N: int, k: int = 1) -> float:
-    """`chance` where only the numbers of relevant items are known, r for each query."""
-    missed = [math.comb(N - r, k) / math.comb(N, k) if k <= N else 0.0 for r in relevant]
-    return 1 - sum(missed) / len(missed)

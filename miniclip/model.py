@@ -1,7 +1,9 @@
-"""CLIP: a text transformer and a vision transformer that meet in one space, and the loss that makes them meet.
+"""CLIP: a text transformer and a vision transformer that meet in one space,
+and the loss that makes them meet.
 
 Read after config.py, before tokenizer.py and image.py; top to bottom, small parts first.
-Paper: Radford et al. 2021, section 2.3 and figure 3 (the loss), 2.4 (the towers); Dosovitskiy et al. 2021 (ViT).
+Paper: Radford et al. 2021, section 2.3 and figure 3 (the loss), 2.4 (the towers); Dosovitskiy et al.
+2021 (ViT).
 Mirrors: transformers/models/clip/modeling_clip.py, with its class names, outputs and checkpoint keys.
 Shapes: B batch, S text tokens, T tokens of either tower, D width, nh heads, hd = D / nh, E shared width,
         H W picture height and width, p patch side, Bi pictures, Bt texts.
@@ -23,7 +25,7 @@ from miniclip.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Config
 from miniclip.output import ModelOutput
 from miniclip.weights import ModelFolder
 
-# ------------------------------------------------------------------------------------------------ outputs
+# ---------------------------------------------------------------------------------------------------- outputs
 
 
 @dataclass
@@ -32,7 +34,7 @@ class BaseModelOutputWithPooling(ModelOutput):
 
     last_hidden_state: [B, T, D]; text: after final_layer_norm, vision: before post_layernorm.
     pooler_output:     [B, D], one vector a text or picture, normed, not yet projected.
-    hidden_states:     on request, L + 1 tensors [B, T, D]: the input of the first layer, then each layer's output.
+    hidden_states:     on request, L + 1 tensors [B, T, D]: the first layer's input, then each layer's output.
     attentions:        on request, L tensors [B, nh, T, T] whose rows sum to 1.
     """
 
@@ -76,17 +78,20 @@ class CLIPOutput(ModelOutput):
 
 
 class Features(Tensor):
-    """What `get_text_features` and `get_image_features` return: a tensor [B, E] that reads like an output too.
+    """What `get_text_features` and `get_image_features` return: a tensor [B,
+    E] that reads like an output too.
 
-    transformers 4 returned the tensor, transformers 5 an output whose `pooler_output` is that tensor. This is the
-    tensor (arithmetic, indexing by number and torch functions are the tensor's and give plain tensors), and it
-    carries 5's fields: `.pooler_output`, `.last_hidden_state`, `.hidden_states`, `.attentions`, by key as well.
+    transformers 4 returned the tensor, transformers 5 an output whose `pooler_output` is that tensor.
+    This is the tensor (arithmetic, indexing by number and torch functions are the tensor's and give plain
+    tensors), and it carries 5's fields: `.pooler_output`, `.last_hidden_state`,
+    `.hidden_states`, `.attentions`, by key as well.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @property
     def pooler_output(self) -> Tensor:
+        """The features themselves, as a plain tensor [B, E]."""
         return self.as_subclass(Tensor)
 
     def __getitem__(self, key: Any) -> Any:
@@ -94,6 +99,7 @@ class Features(Tensor):
 
 
 def features_of(projected: Tensor, out: BaseModelOutputWithPooling, return_dict: bool) -> Features | tuple:
+    """`projected` [B, E] as Features with the tower's fields; a tuple of them without return_dict."""
     if not return_dict:
         return dataclasses.replace(out, pooler_output=projected).to_tuple()
     features = projected.as_subclass(Features)
@@ -102,10 +108,11 @@ def features_of(projected: Tensor, out: BaseModelOutputWithPooling, return_dict:
     return features
 
 
-# ---------------------------------------------------------------------------------------------- attention
+# -------------------------------------------------------------------------------------------------- attention
 
 
-def attention_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, dropout: float) -> Tensor:
+def attention_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool,
+                    dropout: float) -> Tensor:
     """softmax(q k^T / sqrt(hd) + bias) v by torch's kernel; the one that runs. Same arguments as the next."""
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=causal and bias is None
@@ -115,7 +122,8 @@ def attention_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal
 def attention_written_out(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    """The same in plain maths: for reading, and for those who ask for the weights. A test holds the two equal.
+    """The same in plain maths: for reading, and for those who ask for the weights.
+    A test holds the two equal.
 
     q, k, v: [B, nh, T, hd]. bias: None or broadcastable to [B, nh, T, T], added before the softmax.
     causal: without a bias, token i sees tokens 0..i. Returns the result [B, nh, T, hd] and the weights.
@@ -124,7 +132,8 @@ def attention_written_out(
         bias = causal_bias(q.shape[2], None, q.dtype, q.device)
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])                 # [B, nh, T, T]
     if scores.dtype in (torch.float16, torch.bfloat16):
-        scores = scores.float()                                               # 16 bits cannot hold a softmax's sum
+        # 16 bits cannot hold a softmax's sum
+        scores = scores.float()
     if bias is not None:
         scores = scores + bias
     weights = scores.softmax(dim=-1).to(q.dtype)
@@ -134,8 +143,9 @@ def attention_written_out(
 def causal_bias(length: int, mask: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What is added to the scores: 0 where token i may see token j, else the lowest number of the dtype.
 
-    mask: None or [B, S], nonzero = a real token. The lowest number rather than -inf: a row that may see nothing
-    (padding on the left) then averages over all tokens instead of becoming NaN. Returns [B or 1, 1, S, S].
+    mask: None or [B, S], nonzero = a real token. The lowest number rather than -inf: a row that may see
+    nothing (padding on the left) then averages over all tokens instead of becoming NaN.
+    Returns [B or 1, 1, S, S].
     """
     allowed = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
     if mask is not None:
@@ -157,7 +167,9 @@ class CLIPAttention(nn.Module):
         self.q_proj = nn.Linear(D, D)
         self.out_proj = nn.Linear(D, D)
 
-    def forward(self, x: Tensor, bias: Tensor | None, causal: bool, want_weights: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, bias: Tensor | None, causal: bool,
+                want_weights: bool) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, D] -> [B, T, D] and the weights or None; bias and causal as in attention_written_out."""
         def heads(y: Tensor) -> Tensor:
             return y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)      # [B, nh, T, hd]
 
@@ -170,7 +182,7 @@ class CLIPAttention(nn.Module):
         return self.out_proj(y.transpose(1, 2).flatten(2)), weights           # [B, T, D]
 
 
-# ------------------------------------------------------------------------------------------------ encoder
+# ---------------------------------------------------------------------------------------------------- encoder
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -186,6 +198,8 @@ def activation(name: str):
 
 
 class CLIPMLP(nn.Module):
+    """Two linear layers around the config's activation: [B, T, D] -> [B, T, D]."""
+
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig):
         super().__init__()
         self.activation_fn = activation(config.hidden_act)
@@ -193,6 +207,7 @@ class CLIPMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D], intermediate_size wide inside."""
         return self.fc2(self.activation_fn(self.fc1(x)))
 
 
@@ -206,7 +221,9 @@ class CLIPEncoderLayer(nn.Module):
         self.mlp = CLIPMLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, x: Tensor, bias: Tensor | None, causal: bool, want_weights: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, bias: Tensor | None, causal: bool,
+                want_weights: bool) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, D] -> [B, T, D] and the attention weights [B, nh, T, T] or None."""
         y, weights = self.self_attn(self.layer_norm1(x), bias, causal, want_weights)
         x = x + y
         return x + self.mlp(self.layer_norm2(x)), weights
@@ -221,6 +238,7 @@ class CLIPEncoder(nn.Module):
         self.gradient_checkpointing = False  # in training: keep only the inputs of blocks, recompute the rest
 
     def forward(self, x: Tensor, bias: Tensor | None, causal: bool, want_states: bool, want_weights: bool):
+        """x [B, T, D]; bias and causal go to every layer, as in attention_written_out."""
         states, attentions = [x], []
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
@@ -232,7 +250,7 @@ class CLIPEncoder(nn.Module):
         return x, tuple(states) if want_states else None, tuple(attentions) if want_weights else None
 
 
-# --------------------------------------------------------------------------------------------- text tower
+# ------------------------------------------------------------------------------------------------- text tower
 
 
 class CLIPTextEmbeddings(nn.Module):
@@ -244,16 +262,19 @@ class CLIPTextEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        """[B, S] -> [B, S, D]; positions default to 0 .. S-1. Raises ValueError for too large an S."""
         S, most = input_ids.shape[1], self.position_embedding.num_embeddings
         if S > most:
-            raise ValueError(f"input_ids: {S} tokens, but the model has max_position_embeddings = {most}; truncate")
+            raise ValueError(f"input_ids: {S} tokens, but the model has max_position_embeddings = {most}; "
+                             "truncate")
         if position_ids is None:
             return self.token_embedding(input_ids) + self.position_embedding.weight[:S]
         return self.token_embedding(input_ids) + self.position_embedding(position_ids)
 
 
 class CLIPTextTransformer(nn.Module):
-    """The text tower itself. Causal, though it only reads: OpenAI kept the option of a language-model loss."""
+    """The text tower itself. Causal, though it only reads: OpenAI kept the option of a language-model
+    loss."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
@@ -283,13 +304,15 @@ class CLIPTextTransformer(nn.Module):
                 shapes = f"{list(attention_mask.shape)}, but input_ids {list(input_ids.shape)}"
                 raise ValueError(f"attention_mask has shape {shapes}")
             bias = causal_bias(x.shape[1], attention_mask, x.dtype, x.device)
-        x, states, attentions = self.encoder(x, bias, True, bool(output_hidden_states), bool(output_attentions))
+        x, states, attentions = self.encoder(x, bias, True, bool(output_hidden_states),
+                                             bool(output_attentions))
         x = self.final_layer_norm(x)
         out = BaseModelOutputWithPooling(x, self.pool(x, input_ids), states, attentions)
         return out if return_dict is not False else out.to_tuple()
 
     def pool(self, x: Tensor, input_ids: Tensor) -> Tensor:
-        """[B, S, D] -> [B, D]: the vector at the end-of-text token, the only one that has seen the whole text.
+        """[B, S, D] -> [B, D]: the vector at the end-of-text token,
+        the only one that has seen the whole text.
 
         The old rule (eos_token_id == 2, a wrong value in early configs) takes the largest id, which was the
         end-of-text token until someone added tokens. A row without that token gives position 0, as upstream.
@@ -299,7 +322,7 @@ class CLIPTextTransformer(nn.Module):
         return x[torch.arange(len(x), device=x.device), where.argmax(dim=1)]  # the first of equals
 
 
-# ------------------------------------------------------------------------------------------- vision tower
+# ----------------------------------------------------------------------------------------------- vision tower
 
 
 class CLIPVisionEmbeddings(nn.Module):
@@ -314,9 +337,11 @@ class CLIPVisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding((config.image_size // p) ** 2 + 1, D)
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:
+        """[B, C, H, W] -> [B, T, D]. ValueError for another size than the config's, unless interpolating."""
         B, _, H, W = pixel_values.shape
         if not interpolate_pos_encoding and (H, W) != (self.image_size, self.image_size):
-            raise ValueError(f"Input image size ({H}*{W}) doesn't match model ({self.image_size}*{self.image_size}).")
+            raise ValueError(f"Input image size ({H}*{W}) doesn't match model "
+                             f"({self.image_size}*{self.image_size}).")
         x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # [B, D, H/p, W/p]
         x = x.flatten(2).transpose(1, 2)                                      # [B, HW/p^2, D]
         x = torch.cat([self.class_embedding.expand(B, 1, -1), x], dim=1)      # [B, T, D], T = HW/p^2 + 1
@@ -326,12 +351,14 @@ class CLIPVisionEmbeddings(nn.Module):
         return x + positions
 
     def interpolate(self, positions: Tensor, rows: int, columns: int) -> Tensor:
-        """Stretches the grid of positions to rows x columns by bicubic interpolation; the class token keeps its own.
+        """Stretches the grid of positions to rows x columns by bicubic interpolation;
+        the class token keeps its own.
 
         Without antialiasing, as transformers has it; OpenCLIP antialiases, so the two differ.
         """
         side = math.isqrt(len(positions) - 1)
-        grid = positions[1:].unflatten(0, (side, side)).permute(2, 0, 1)[None]                # [1, D, side, side]
+        # [1, D, side, side]
+        grid = positions[1:].unflatten(0, (side, side)).permute(2, 0, 1)[None]
         grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
         return torch.cat([positions[:1], grid[0].flatten(1).T])               # [rows * columns + 1, D]
 
@@ -342,7 +369,8 @@ class CLIPVisionTransformer(nn.Module):
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         self.embeddings = CLIPVisionEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # sic: the key has the typo
+        # sic: the key has the typo
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.encoder = CLIPEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         init_tower(self, config)
@@ -355,24 +383,27 @@ class CLIPVisionTransformer(nn.Module):
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
     ) -> BaseModelOutputWithPooling | tuple:
-        """pixel_values [B, C, H, W], normalised. Other sizes than the config's need interpolate_pos_encoding."""
+        """pixel_values [B, C, H, W], normalised. Other sizes than the config's need
+        interpolate_pos_encoding."""
         if pixel_values is None:
             raise ValueError("pixel_values is missing: the vision tower reads pictures [B, C, H, W]")
         x = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding))  # [B, T, D]
-        x, states, attentions = self.encoder(x, None, False, bool(output_hidden_states), bool(output_attentions))
+        x, states, attentions = self.encoder(x, None, False, bool(output_hidden_states),
+                                             bool(output_attentions))
         pooled = self.post_layernorm(x[:, 0])                                 # [B, D], the class token
         out = BaseModelOutputWithPooling(x, pooled, states, attentions)
         return out if return_dict is not False else out.to_tuple()
 
 
-# ---------------------------------------------------------------------------------------- initial weights
+# -------------------------------------------------------------------------------------------- initial weights
 
 
 def init_tower(tower: nn.Module, config: CLIPTextConfig | CLIPVisionConfig) -> None:
     """Random weights as transformers draws them: normal, biases 0, norms 1.
 
-    OpenAI's own code differs: there q, k, v are wide and out_proj narrow in the text tower, here the other way
-    round; its positions are drawn with 0.01, here 0.02; and its ViT keeps torch's default in the blocks.
+    OpenAI's own code differs: there q, k, v are wide and out_proj narrow in the text tower,
+    here the other way round; its positions are drawn with 0.01, here 0.02;
+    and its ViT keeps torch's default in the blocks.
     """
     D, L, factor = config.hidden_size, config.num_hidden_layers, config.initializer_factor
     narrow, wide = D**-0.5 * (2 * L) ** -0.5 * factor, D**-0.5 * factor
@@ -402,11 +433,12 @@ def projection(width: int, shared: int, factor: float) -> nn.Linear:
     return linear
 
 
-# ------------------------------------------------------------------------------------------ public models
+# ---------------------------------------------------------------------------------------------- public models
 
 
 class CLIPPreTrainedModel(ModelFolder, nn.Module):
-    """What the five public models share: reading every generation of keys, writing config.json, small services."""
+    """What the five public models share: reading every generation of keys, writing config.json,
+    small services."""
 
     weights_stem = "model"
     model_type = "clip"
@@ -416,8 +448,9 @@ class CLIPPreTrainedModel(ModelFolder, nn.Module):
     def convert_keys(cls, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Keys of any transformers generation -> ours, which are transformers 4's.
 
-        5.6 and later drop the prefix from a lone tower; before 4.31 the constant position_ids were stored; and a
-        tower may be read from the file of a whole CLIP, whose other tensors are then left aside.
+        5.6 and later drop the prefix from a lone tower;
+        before 4.31 the constant position_ids were stored; and a tower may be read from the file of a whole
+        CLIP, whose other tensors are then left aside.
         """
         prefix = {"clip_text_model": "text_model.", "clip_vision_model": "vision_model."}.get(cls.model_type)
         kept = {k: v for k, v in state_dict.items() if not k.endswith(".embeddings.position_ids")}
@@ -444,6 +477,7 @@ class CLIPPreTrainedModel(ModelFolder, nn.Module):
                 module.gradient_checkpointing = on
 
     def gradient_checkpointing_disable(self) -> None:
+        """Keeps all activations again."""
         self.gradient_checkpointing_enable(False)
 
 
@@ -454,6 +488,7 @@ class _TextModel(CLIPPreTrainedModel):
     model_type = "clip_text_model"
 
     def get_input_embeddings(self) -> nn.Embedding:
+        """The token table."""
         return self.text_model.embeddings.token_embedding
 
     def resize_token_embeddings(self, new_num_tokens: int) -> nn.Embedding:
@@ -482,6 +517,7 @@ class CLIPTextModel(_TextModel):
         self.text_model = CLIPTextTransformer(config)
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling | tuple:
+        """Arguments and result of CLIPTextTransformer.forward."""
         return self.text_model(*args, **kwargs)
 
 
@@ -494,9 +530,11 @@ class CLIPTextModelWithProjection(_TextModel):
         super().__init__()
         self.config = config
         self.text_model = CLIPTextTransformer(config)
-        self.text_projection = projection(config.hidden_size, config.projection_dim, config.initializer_factor)
+        self.text_projection = projection(config.hidden_size, config.projection_dim,
+                                          config.initializer_factor)
 
-    def forward(self, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> CLIPTextModelOutput | tuple:
+    def forward(self, *args: Any, return_dict: bool | None = None,
+                **kwargs: Any) -> CLIPTextModelOutput | tuple:
         """Arguments of CLIPTextTransformer.forward; text_embeds [B, E] comes first."""
         out = self.text_model(*args, **kwargs)
         embeds = self.text_projection(out.pooler_output)                      # [B, E]
@@ -511,6 +549,7 @@ class _VisionModel(CLIPPreTrainedModel):
     model_type = "clip_vision_model"
 
     def get_input_embeddings(self) -> nn.Conv2d:
+        """The convolution that turns patches into vectors."""
         return self.vision_model.embeddings.patch_embedding
 
 
@@ -526,6 +565,7 @@ class CLIPVisionModel(_VisionModel):
         self.vision_model = CLIPVisionTransformer(config)
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling | tuple:
+        """Arguments and result of CLIPVisionTransformer.forward."""
         return self.vision_model(*args, **kwargs)
 
 
@@ -538,9 +578,11 @@ class CLIPVisionModelWithProjection(_VisionModel):
         super().__init__()
         self.config = config
         self.vision_model = CLIPVisionTransformer(config)
-        self.visual_projection = projection(config.hidden_size, config.projection_dim, config.initializer_factor)
+        self.visual_projection = projection(config.hidden_size, config.projection_dim,
+                                            config.initializer_factor)
 
-    def forward(self, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> CLIPVisionModelOutput | tuple:
+    def forward(self, *args: Any, return_dict: bool | None = None,
+                **kwargs: Any) -> CLIPVisionModelOutput | tuple:
         """Arguments of CLIPVisionTransformer.forward; image_embeds [B, E] comes first."""
         out = self.vision_model(*args, **kwargs)
         embeds = self.visual_projection(out.pooler_output)                    # [B, E]
@@ -549,7 +591,8 @@ class CLIPVisionModelWithProjection(_VisionModel):
 
 
 def normalize(x: Tensor) -> Tensor:
-    """Scales the last axis to length 1. A zero vector stays zero (upstream: NaN); 16 bits are summed in 32."""
+    """Scales the last axis to length 1. A zero vector stays zero (upstream: NaN);
+    16 bits are summed in 32."""
     y = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     length = y.pow(2).sum(dim=-1, keepdim=True).clamp_min(torch.finfo(y.dtype).tiny).pow(0.5)
     return (y / length).to(x.dtype)
@@ -568,7 +611,8 @@ def clip_loss(similarity: Tensor) -> Tensor:
 
 
 class CLIPModel(CLIPPreTrainedModel):
-    """Both towers. `CLIPModel(CLIPConfig())` has random weights; `CLIPModel.from_pretrained(folder)` reads them."""
+    """Both towers. `CLIPModel(CLIPConfig())` has random weights;
+    `CLIPModel.from_pretrained(folder)` reads them."""
 
     config_class = CLIPConfig
     text_tower = CLIPTextTransformer
@@ -582,9 +626,11 @@ class CLIPModel(CLIPPreTrainedModel):
         self.vision_model = self.vision_tower(vision)
         self.visual_projection = projection(vision.hidden_size, config.projection_dim, factor)
         self.text_projection = projection(text.hidden_size, config.projection_dim, factor)
-        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))  # ln of 1/temperature
+        # ln of 1/temperature
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
 
-    def get_text_features(self, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Features | tuple:
+    def get_text_features(self, *args: Any, return_dict: bool | None = None,
+                          **kwargs: Any) -> Features | tuple:
         """Projected text vectors [B, E], not normalised. Arguments of CLIPTextTransformer.forward.
 
         Serves transformers 4's idiom (the result is a tensor) and 5's (`.pooler_output`); see Features.
@@ -592,7 +638,8 @@ class CLIPModel(CLIPPreTrainedModel):
         out = self.text_model(*args, **kwargs)
         return features_of(self.text_projection(out.pooler_output), out, return_dict is not False)
 
-    def get_image_features(self, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Features | tuple:
+    def get_image_features(self, *args: Any, return_dict: bool | None = None,
+                           **kwargs: Any) -> Features | tuple:
         """Projected picture vectors [B, E], not normalised. Arguments of CLIPVisionTransformer.forward.
 
         Serves transformers 4's idiom (the result is a tensor) and 5's (`.pooler_output`); see Features.
@@ -613,9 +660,12 @@ class CLIPModel(CLIPPreTrainedModel):
         return_dict: bool | None = None,
     ) -> CLIPOutput | tuple:
         """input_ids [Bt, S], pixel_values [Bi, C, H, W] -> CLIPOutput; with return_loss Bt must equal Bi."""
-        text = self.text_model(input_ids, attention_mask, position_ids, output_attentions, output_hidden_states)
-        vision = self.vision_model(pixel_values, output_attentions, output_hidden_states, interpolate_pos_encoding)
-        text.pooler_output = self.text_projection(text.pooler_output)         # [Bt, E]; stored projected, as in
+        text = self.text_model(input_ids, attention_mask, position_ids, output_attentions,
+                               output_hidden_states)
+        vision = self.vision_model(pixel_values, output_attentions, output_hidden_states,
+                                   interpolate_pos_encoding)
+        # [Bt, E]; stored projected, as in
+        text.pooler_output = self.text_projection(text.pooler_output)
         vision.pooler_output = self.visual_projection(vision.pooler_output)   # [Bi, E]; transformers 5, not 4
         text_embeds, image_embeds = normalize(text.pooler_output), normalize(vision.pooler_output)
         logits_per_text = text_embeds @ image_embeds.T * self.logit_scale.exp()  # [Bt, Bi]

@@ -16,12 +16,15 @@ class ModelOutput:
     """Read a field as `out.name`, `out["name"]` or `out[0]`; fields that are None do not count as present."""
 
     def keys(self) -> list[str]:
+        """Names of the fields that are not None, in order."""
         return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
 
     def values(self) -> list[Any]:
+        """The fields that are not None, in order."""
         return [getattr(self, name) for name in self.keys()]
 
     def items(self) -> list[tuple[str, Any]]:
+        """(name, value) of the fields that are not None."""
         return [(name, getattr(self, name)) for name in self.keys()]
 
     def to_tuple(self) -> tuple:

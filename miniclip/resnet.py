@@ -2,7 +2,8 @@
 
 Read after model.py; SimpleCLIPModel in simple.py uses the plain one.
 Papers: He et al. 2016 (ResNet); Radford et al. 2021, section 2.4 and appendix (the changes OpenAI made).
-Mirrors: clip/model.py of OpenAI (keys visual.*); torchvision's resnet50 (its keys without fc.*, as timm's too).
+Mirrors: clip/model.py of OpenAI (keys visual.*); torchvision's resnet50 (its keys without fc.*, as timm's
+too).
 Shapes: B batch, C channels, H W height and width, w width of the stem, E shared width, nh heads.
 """
 
@@ -29,41 +30,47 @@ from miniclip.model import (
 )
 
 
-def conv(inside: int, outside: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     """A convolution without bias (batch norm follows), padded so that stride 1 keeps the size."""
-    return nn.Conv2d(inside, outside, kernel, stride=stride, padding=kernel // 2, bias=False)
+    return nn.Conv2d(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2, bias=False)
 
 
-# ------------------------------------------------------------------------------------------ the plain ResNet
+# ------------------------------------------------------------------------------------------- the plain ResNet
 
 
 class Bottleneck(nn.Module):
-    """1x1 down, 3x3, 1x1 up to 4 times the planes, plus the input. The stride sits on the 3x3 (ResNet v1.5)."""
+    """1x1 down, 3x3, 1x1 up to 4 times the planes, plus the input.
+    The stride sits on the 3x3 (ResNet v1.5)."""
 
-    def __init__(self, inside: int, planes: int, stride: int):
+    def __init__(self, in_channels: int, planes: int, stride: int):
         super().__init__()
-        self.conv1, self.bn1 = conv(inside, planes, 1), nn.BatchNorm2d(planes)
+        self.conv1, self.bn1 = conv(in_channels, planes, 1), nn.BatchNorm2d(planes)
         self.conv2, self.bn2 = conv(planes, planes, 3, stride), nn.BatchNorm2d(planes)
         self.conv3, self.bn3 = conv(planes, 4 * planes, 1), nn.BatchNorm2d(4 * planes)
         self.downsample = nn.Sequential()                                     # no keys when empty
-        if stride > 1 or inside != 4 * planes:
-            self.downsample = nn.Sequential(conv(inside, 4 * planes, 1, stride), nn.BatchNorm2d(4 * planes))
+        if stride > 1 or in_channels != 4 * planes:
+            self.downsample = nn.Sequential(conv(in_channels, 4 * planes, 1, stride),
+                                            nn.BatchNorm2d(4 * planes))
 
-    def forward(self, x: Tensor) -> Tensor:                                   # [B, C, H, W]
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, 4 planes, H/stride, W/stride]."""
         y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))                                   # [B, planes, H/stride, W/stride]
-        y = self.bn3(self.conv3(y))                                           # [B, 4 planes, H/stride, W/stride]
+        # [B, planes, H/stride, W/stride]
+        y = F.relu(self.bn2(self.conv2(y)))
+        # [B, 4 planes, H/stride, W/stride]
+        y = self.bn3(self.conv3(y))
         return F.relu(y + self.downsample(x))
 
 
-def stage(block: type, inside: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
+def stage(block: type, in_channels: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
     """`blocks` bottlenecks, of which the first one strides."""
-    first = block(inside, planes, stride)
+    first = block(in_channels, planes, stride)
     return nn.Sequential(first, *(block(4 * planes, planes, 1) for _ in range(blocks - 1)))
 
 
 class ResNet(nn.Module):
-    """Pictures [B, 3, H, W] -> [B, 2048], the mean of the last feature map. Keys: torchvision's resnet50 but fc.*.
+    """Pictures [B, 3, H, W] -> [B, 2048], the mean of the last feature map.
+    Keys: torchvision's resnet50 but fc.*.
 
     layers: (3, 4, 6, 3) is ResNet-50. Expects ImageNet's normalisation if it carries ImageNet's weights.
     """
@@ -81,6 +88,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, 32 w]; any H and W."""
         x = F.relu(self.bn1(self.conv1(x)))                                   # [B, w, H/2, W/2]
         x = F.max_pool2d(x, 3, stride=2, padding=1)                           # [B, w, H/4, W/4]
         x = self.layer2(self.layer1(x))                                       # [B, 8 w, H/8, W/8]
@@ -88,28 +96,31 @@ class ResNet(nn.Module):
         return x.mean(dim=(2, 3))                                             # [B, 32 w]
 
 
-# ------------------------------------------------------------------------------------- OpenAI's ModifiedResNet
+# ------------------------------------------------------------------------------------ OpenAI's ModifiedResNet
 
 
 class ModifiedBottleneck(nn.Module):
     """All convolutions have stride 1; average pooling shrinks instead, on both branches, against aliasing."""
 
-    def __init__(self, inside: int, planes: int, stride: int):
+    def __init__(self, in_channels: int, planes: int, stride: int):
         super().__init__()
         self.stride = stride
-        self.conv1, self.bn1 = conv(inside, planes, 1), nn.BatchNorm2d(planes)
+        self.conv1, self.bn1 = conv(in_channels, planes, 1), nn.BatchNorm2d(planes)
         self.conv2, self.bn2 = conv(planes, planes, 3), nn.BatchNorm2d(planes)
         self.conv3, self.bn3 = conv(planes, 4 * planes, 1), nn.BatchNorm2d(4 * planes)
         self.downsample = nn.Sequential()
-        if stride > 1 or inside != 4 * planes:                                # upstream's pooling has no key: "-1"
-            self.downsample = nn.Sequential(conv(inside, 4 * planes, 1), nn.BatchNorm2d(4 * planes))
+        # upstream's pooling has no key: "-1"
+        if stride > 1 or in_channels != 4 * planes:
+            self.downsample = nn.Sequential(conv(in_channels, 4 * planes, 1), nn.BatchNorm2d(4 * planes))
 
-    def forward(self, x: Tensor) -> Tensor:                                   # [B, C, H, W]
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, 4 planes, H/stride, W/stride]."""
         y = F.relu(self.bn1(self.conv1(x)))
         y = F.relu(self.bn2(self.conv2(y)))                                   # [B, planes, H, W]
         if self.stride > 1:
             x, y = F.avg_pool2d(x, self.stride), F.avg_pool2d(y, self.stride)
-        y = self.bn3(self.conv3(y))                                           # [B, 4 planes, H/stride, W/stride]
+        # [B, 4 planes, H/stride, W/stride]
+        y = self.bn3(self.conv3(y))
         return F.relu(y + self.downsample(x))
 
 
@@ -124,6 +135,7 @@ class AttentionPool2d(nn.Module):
         self.c_proj = nn.Linear(C, E)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] with H = W = side -> [B, E]."""
         def heads(y: Tensor) -> Tensor:
             return y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)      # [B, nh, T, hd]
 
@@ -153,7 +165,8 @@ class ModifiedResNet(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """As OpenAI: attention drawn with in^-0.5, and every block starts as the identity (bn3 scales by 0)."""
+        """As OpenAI: attention drawn with in^-0.5, and every block starts as the identity (bn3 scales by
+        0)."""
         pool = self.attnpool
         for linear in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj):
             nn.init.normal_(linear.weight, std=pool.c_proj.in_features**-0.5)
@@ -165,7 +178,8 @@ class ModifiedResNet(nn.Module):
         """[B, 3, n, n] -> [B, 32 w, n/32, n/32]."""
         if x.shape[2:] != (self.image_size, self.image_size):
             H, W = x.shape[2:]
-            raise ValueError(f"Input image size ({H}*{W}) doesn't match model ({self.image_size}*{self.image_size}).")
+            raise ValueError(f"Input image size ({H}*{W}) doesn't match model "
+                             f"({self.image_size}*{self.image_size}).")
         x = x.to(self.conv1.weight.dtype)
         for layer, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = F.relu(norm(layer(x)))                                        # [B, w, n/2, n/2]
@@ -173,11 +187,13 @@ class ModifiedResNet(nn.Module):
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, n, n] -> [B, E]. Raises ValueError for another size than image_size."""
         return self.attnpool(self.feature_map(x))
 
 
 class CLIPResNetModel(CLIPPreTrainedModel):
-    """OpenAI's RN50, RN101, RN50x4, RN50x16, RN50x64. CLIPModel's methods and outputs; pictures have no hidden states.
+    """OpenAI's RN50, RN101, RN50x4, RN50x16, RN50x64.
+    CLIPModel's methods and outputs; pictures have no hidden states.
 
     Keys: the text tower and logit_scale as in CLIPModel, the picture tower as OpenAI's, visual.*.
     """
@@ -196,7 +212,8 @@ class CLIPResNetModel(CLIPPreTrainedModel):
         self.text_projection = projection(config.text_config.hidden_size, config.projection_dim, 1.0)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
 
-    def get_text_features(self, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Features | tuple:
+    def get_text_features(self, *args: Any, return_dict: bool | None = None,
+                          **kwargs: Any) -> Features | tuple:
         """[B, E], not normalised; see CLIPModel.get_text_features."""
         out = self.text_model(*args, **kwargs)
         return features_of(self.text_projection(out.pooler_output), out, return_dict is not False)

@@ -2,7 +2,8 @@
 
 Read after resnet.py, bert.py and loss.py.
 Papers: Radford et al. 2021; He et al. 2016. The layout is that of github.com/moein-shariatnia/OpenAI-CLIP.
-Mirrors: its CLIP.py and modules.py, with their checkpoint keys; not its loss, which lets all vectors become alike.
+Mirrors: its CLIP.py and modules.py, with their checkpoint keys; not its loss, which lets all vectors become
+alike.
 Shapes: B pairs, S tokens, E shared width (256).
 """
 
@@ -23,16 +24,20 @@ from miniclip.model import CLIPTextTransformer, normalize
 from miniclip.resnet import ResNet
 from miniclip.weights import ModelFolder
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the pictures ResNets are trained on
+# of the pictures ResNets are trained on
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class SimpleCLIPConfig(Config):
-    """text_encoder "clip": CLIP's text transformer on your own tokenizer; "distilbert": as the tutorial has it."""
+    """text_encoder "clip": CLIP's text transformer on your own tokenizer;
+    "distilbert": as the tutorial has it."""
 
     text_encoder: str = "clip"
-    text_config: Any = field(default_factory=dict)  # of CLIPTextConfig or DistilBertConfig; a dict or the config
-    image_layers: tuple[int, ...] = (3, 4, 6, 3)  # ResNet-50; (1, 1, 1, 1) learns a handful of pictures much faster
+    # of CLIPTextConfig or DistilBertConfig; a dict or the config
+    text_config: Any = field(default_factory=dict)
+    # ResNet-50; (1, 1, 1, 1) learns a handful of pictures much faster
+    image_layers: tuple[int, ...] = (3, 4, 6, 3)
     image_width: int = 64
     projection_dim: int = 256  # E
     dropout: float = 0.1
@@ -61,15 +66,18 @@ class ProjectionHead(nn.Module):
         self.layer_norm = nn.LayerNorm(E)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, D] -> [B, E], not normalised to length 1."""
         x = self.projection(x)
         return self.layer_norm(self.dropout(self.fc(F.gelu(x))) + x)
 
 
 class SimpleCLIPModel(ModelFolder, nn.Module):
-    """`loss = model(batch)` trains; `encode_image` and `encode_text` answer. In eval mode for answers: batch norm.
+    """`loss = model(batch)` trains; `encode_image` and `encode_text` answer.
+    In eval mode for answers: batch norm.
 
-    batch: "image" [B, 3, H, W], "input_ids" [B, S], perhaps "attention_mask" [B, S] and "id" [B]: equal ids mark
-    pairs of one picture or caption, which are not each other's wrong answers. Without "id" equal captions are found.
+    batch: "image" [B, 3, H, W], "input_ids" [B, S], perhaps "attention_mask" [B,
+    S] and "id" [B]: equal ids mark pairs of one picture or caption, which count as positives.
+    Without "id" equal captions are found.
     """
 
     config_class = SimpleCLIPConfig
@@ -94,7 +102,8 @@ class SimpleCLIPModel(ModelFolder, nn.Module):
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[B, S] -> [B, E] of length 1."""
-        return normalize(self.text_projection(self.text_encoder["model"](input_ids, attention_mask).pooler_output))
+        pooled = self.text_encoder["model"](input_ids, attention_mask).pooler_output
+        return normalize(self.text_projection(pooled))
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """The contrastive loss of a batch, a scalar. Its floor is 0; ln B means that nothing is learned."""
@@ -108,4 +117,5 @@ class SimpleCLIPModel(ModelFolder, nn.Module):
         return {"logit_scale": torch.zeros(()), **state_dict}
 
     def export_config(self) -> dict[str, Any]:
+        """config.json. The model_type is ours: transformers does not know it."""
         return {"architectures": ["SimpleCLIPModel"], "model_type": "simple_clip", **self.config.to_dict()}

@@ -1,8 +1,9 @@
-"""CLIP's tokenizer: text -> ids and back by byte-level byte-pair encoding (BPE), and how to train a small one.
+"""CLIP's tokenizer: text -> ids and back by byte-level byte-pair encoding (BPE), and training a small one.
 
 Read after model.py; next image.py. Standard library only, torch for the tensors it returns.
 Paper: Sennrich et al. 2016 (BPE); Radford et al. 2021, section 2.4 (the text side of CLIP).
-Mirrors: transformers' CLIPTokenizer and, as `rules="openai"`, clip/simple_tokenizer.py of OpenAI's repository.
+Mirrors: transformers' CLIPTokenizer and, as `rules="openai"`, clip/simple_tokenizer.py of OpenAI's
+repository.
 Shapes: N texts, S tokens of the longest.
 """
 
@@ -33,9 +34,10 @@ class TokenizerError(WeightsError):
     """Tokenizer files or text that cannot be honoured; one line that says which and why."""
 
 
-# ------------------------------------------------------------------------------------------ text to words
+# ---------------------------------------------------------------------------------------------- text to words
 
-SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")  # Unicode's White_Space
+# Unicode's White_Space
+SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
 SPECIAL = r"<\|startoftext\|>|<\|endoftext\|>"
 FIRST = re.compile(SPECIAL + r"|'s|'t|'re|'ve|'m|'ll|'d")
 FIRST_OPENAI = re.compile(FIRST.pattern, re.IGNORECASE)
@@ -43,7 +45,8 @@ RUN = re.compile("L+|N|O+")
 
 
 class _Kinds(dict):
-    """Code point -> L letter, N number, O other, _ space: regular expressions of the library know no \\p{L}."""
+    """Code point -> L letter, N number, O other, _ space: regular expressions of the library know no
+    \\p{L}."""
 
     def __missing__(self, code: int) -> str:
         kind = unicodedata.category(chr(code))[0]
@@ -57,7 +60,8 @@ KINDS = _Kinds()
 def words(text: str, first: re.Pattern = FIRST) -> Iterator[str]:
     """Cuts text into contractions, runs of letters, single digits, and runs of other signs; drops spaces.
 
-    The same as findall of `first|[\\p{L}]+|[\\p{N}]|[^\\s\\p{L}\\p{N}]+`. A run of Chinese characters is one word.
+    The same as findall of `first|[\\p{L}]+|[\\p{N}]|[^\\s\\p{L}\\p{N}]+`.
+    A run of Chinese characters is one word.
     """
     kinds = text.translate(KINDS)
     place = 0
@@ -76,19 +80,22 @@ def clean(text: str) -> str:
 def clean_openai(text: str) -> str:
     """OpenAI's rule without its first step, ftfy.fix_text, which is no part of the standard library.
 
-    Its pattern ignores case, and so U+0345, a mark whose capital is a letter, is neither letter nor other: it is lost.
+    Its pattern ignores case, and so U+0345, a mark whose capital is a letter,
+    is neither letter nor other: it is lost.
     """
     text = SPACE.sub(" ", html.unescape(html.unescape(text)).strip()).strip().lower()
     return text.replace("\u0345", " ")
 
 
-# ---------------------------------------------------------------------------------------- words to symbols
+# ------------------------------------------------------------------------------------------- words to symbols
 
 
 @functools.cache
 def byte_symbols() -> dict[int, str]:
-    """Byte -> a printable character. Printable ones stand for themselves, the rest get U+0100 onwards (GPT-2)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    """Byte -> a printable character. Printable ones stand for themselves,
+    the rest get U+0100 onwards (GPT-2)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
+                 *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
@@ -98,7 +105,8 @@ def spell(word: str) -> list[str]:
     try:
         symbols = [byte_symbols()[b] for b in word.encode("utf-8")]
     except UnicodeEncodeError as error:
-        raise TokenizerError(f"text: {word[error.start]!r} is half a surrogate pair, not a character") from None
+        half = word[error.start]
+        raise TokenizerError(f"text: {half!r} is half a surrogate pair, not a character") from None
     symbols[-1] += END
     return symbols
 
@@ -125,9 +133,11 @@ def build_vocab(merges: Iterable[tuple[str, str]]) -> dict[str, int]:
 
 
 def learn_merges(counts: Counter[str], number: int) -> list[tuple[str, str]]:
-    """BPE's training: join the most frequent neighbours, again and again, until `number` or no pair occurs twice.
+    """BPE's training: join the most frequent neighbours, again and again,
+    until `number` or no pair occurs twice.
 
-    counts: word -> occurrences. Ties go to the pair that sorts first, so the result depends on the counts alone.
+    counts: word -> occurrences. Ties go to the pair that sorts first,
+    so the result depends on the counts alone.
     """
     spelled, times = [spell(word) for word in counts], list(counts.values())
     pairs: Counter[tuple[str, str]] = Counter()  # pair -> occurrences now
@@ -160,7 +170,7 @@ def learn_merges(counts: Counter[str], number: int) -> list[tuple[str, str]]:
     return merges
 
 
-# ---------------------------------------------------------------------------------------------- tokenizer
+# -------------------------------------------------------------------------------------------------- tokenizer
 
 
 class Encoding(dict):
@@ -172,20 +182,24 @@ class Encoding(dict):
         return self[name]
 
     def to(self, device: torch.device | str) -> Encoding:
+        """A copy with its tensors on another device; lists have no device, so ask for return_tensors="pt"."""
         return Encoding({k: v.to(device) for k, v in self.items()})
 
 
 class Tokenizer:
     """What CLIP's tokenizer and BERT's share: batches, padding, truncation, ids and symbols.
 
-    A subclass sets vocab, the four special tokens, all_special_tokens, model_max_length and _symbols (id -> symbol),
-    and says how a text becomes ids, text_ids(), and ids a text, decode().
+    A subclass sets vocab, the four special tokens, all_special_tokens,
+    model_max_length and _symbols (id -> symbol), and says how a text becomes ids, text_ids(),
+    and ids a text, decode().
     """
 
     def text_ids(self, text: str) -> list[int]:
+        """Hook: ids of a text, without start and end."""
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """Hook: a text of ids."""
         raise NotImplementedError
 
     bos_token_id = property(lambda self: self.vocab[self.bos_token])
@@ -199,12 +213,15 @@ class Tokenizer:
         return len(self.vocab)
 
     def get_vocab(self) -> dict[str, int]:
+        """A copy of symbol -> id."""
         return dict(self.vocab)
 
     def encode(
-        self, text: str, add_special_tokens: bool = True, truncation: bool = False, max_length: int | None = None
+        self, text: str, add_special_tokens: bool = True, truncation: bool = False,
+        max_length: int | None = None
     ) -> list[int]:
-        """Ids of one text: start, its words, end. With truncation at most max_length ids, the end token kept."""
+        """Ids of one text: start, its words, end. With truncation at most max_length ids,
+        the end token kept."""
         if not isinstance(text, str):
             raise TokenizerError(f"text = {text!r} is a {type(text).__name__}, not a string")
         ids = self.text_ids(text)
@@ -220,6 +237,7 @@ class Tokenizer:
         return self.convert_ids_to_tokens(self.encode(text, add_special_tokens=False))
 
     def convert_ids_to_tokens(self, ids: Iterable[int]) -> list[str]:
+        """A symbol for each id. Raises TokenizerError for an id outside the vocabulary."""
         return [self._symbol(int(i)) for i in ids]
 
     def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> int | list[int]:
@@ -240,9 +258,11 @@ class Tokenizer:
     ) -> Encoding:
         """Ids of one text or of a list of texts.
 
-        padding: False; True or "longest": to the longest of the call; "max_length". On the right, by pad_token.
-        truncation: cut to max_length, whose default is model_max_length. return_tensors: "pt" gives int64 [N, S],
-        None lists. attention_mask is 1 on tokens and 0 on padding. Raises TokenizerError.
+        padding: False; True or "longest": to the longest of the call; "max_length".
+        On the right, by pad_token.
+        truncation: cut to max_length, whose default is model_max_length.
+        return_tensors: "pt" gives int64 [N, S], None lists.
+        attention_mask is 1 on tokens and 0 on padding. Raises TokenizerError.
         """
         if padding not in (False, True, "longest", "max_length", "do_not_pad"):
             raise TokenizerError(f"padding = {padding!r} is not False, True, 'longest' or 'max_length'")
@@ -257,11 +277,13 @@ class Tokenizer:
         rows = [row + [self.pad_token_id] * (width - len(row)) for row in rows]
         if return_tensors == "pt":
             if len({len(row) for row in rows}) > 1:
-                raise TokenizerError("texts of different lengths make no tensor: set padding=True and truncation=True")
+                raise TokenizerError("texts of different lengths make no tensor: set padding=True and "
+                                     "truncation=True")
             rows, mask = torch.tensor(rows, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)
         elif isinstance(text, str):
             rows, mask = rows[0], mask[0]
-        return Encoding(input_ids=rows, attention_mask=mask) if return_attention_mask else Encoding(input_ids=rows)
+        return (Encoding(input_ids=rows, attention_mask=mask) if return_attention_mask
+                else Encoding(input_ids=rows))
 
     def _symbol(self, i: int) -> str:
         if i not in self._symbols:
@@ -269,17 +291,22 @@ class Tokenizer:
         return self._symbols[i]
 
     def batch_decode(self, rows: Iterable[Iterable[int]], skip_special_tokens: bool = False) -> list[str]:
+        """`decode` for each row, a tensor [N, S] or lists."""
         return [self.decode(row, skip_special_tokens) for row in rows]
 
 
 class CLIPTokenizer(Tokenizer):
-    """CLIP's byte-level BPE. No text is out of its vocabulary, in any language; rare signs take 3 or 4 ids each.
+    """CLIP's byte-level BPE. No text is out of its vocabulary, in any language;
+    rare signs take 3 or 4 ids each.
 
-    vocab: symbol -> id. merges: pairs of symbols, the most important first. model_max_length: in tokens, start and
-    end included. pad_token: "!" in Stable Diffusion 2 and in SDXL's second tokenizer, as their folders say.
-    rules: "transformers" or "openai"; they differ in cleaning (HTML entities, Unicode forms) and in where a special
-    token inside a text counts. fix_text: OpenAI's code runs ftfy.fix_text first; hand it in for identical ids.
-    Special tokens written out in a text become the special ids, as upstream: do not pass on strangers' text blindly.
+    vocab: symbol -> id. merges: pairs of symbols, the most important first.
+    model_max_length: in tokens, start and end included. pad_token: "!" in Stable Diffusion 2 and in SDXL's
+    second tokenizer, as their folders say.
+    rules: "transformers" or "openai"; they differ in cleaning (HTML entities,
+    Unicode forms) and in where a special token inside a text counts. fix_text: OpenAI's code runs
+    ftfy.fix_text first; hand it in for identical ids.
+    Special tokens written out in a text become the special ids,
+    as upstream: do not pass on strangers' text blindly.
     """
 
     def __init__(
@@ -299,13 +326,15 @@ class CLIPTokenizer(Tokenizer):
         if rules not in ("transformers", "openai"):
             raise TokenizerError(f"rules = {rules!r} is neither 'transformers' nor 'openai'")
         self.vocab, self.merges = dict(vocab), [tuple(m) for m in merges]
-        self.bos_token, self.eos_token, self.unk_token, self.pad_token = bos_token, eos_token, unk_token, pad_token
+        self.bos_token, self.eos_token = bos_token, eos_token
+        self.unk_token, self.pad_token = unk_token, pad_token
         self.model_max_length, self.rules, self.fix_text = model_max_length, rules, fix_text
         self.all_special_tokens = list(dict.fromkeys([bos_token, eos_token, unk_token, pad_token]))
         self.added_tokens = list(dict.fromkeys([*self.all_special_tokens, *added_tokens]))
         for token in self.added_tokens:
             if token not in self.vocab:
-                raise TokenizerError(f"vocabulary of {len(self.vocab)}: the special token {token!r} is missing")
+                raise TokenizerError(f"vocabulary of {len(self.vocab)}: the special token {token!r} is "
+                                     "missing")
         self._symbols = {i: s for s, i in self.vocab.items()}
         self._ranks = {pair: rank for rank, pair in reversed(list(enumerate(self.merges)))}
         self._byte_of = {s: b for b, s in byte_symbols().items()}
@@ -349,10 +378,13 @@ class CLIPTokenizer(Tokenizer):
         return self._known[piece]
 
     def text_ids(self, text: str) -> list[int]:
+        """Ids of a text, without start and end."""
         return [i for piece in self._pieces(text) for i in self._ids(piece)]
 
-    def clip_tokenize(self, texts: str | list[str], context_length: int = 77, truncate: bool = False) -> torch.Tensor:
-        """OpenAI's `clip.tokenize`: int32 [N, context_length], padded with 0. open_clip's has truncate=True, int64.
+    def clip_tokenize(self, texts: str | list[str], context_length: int = 77,
+                      truncate: bool = False) -> torch.Tensor:
+        """OpenAI's `clip.tokenize`: int32 [N, context_length], padded with 0.
+        open_clip's has truncate=True, int64.
 
         Raises TokenizerError for a text that is too long, unless truncate.
         """
@@ -361,14 +393,16 @@ class CLIPTokenizer(Tokenizer):
         for row, text in zip(result, texts, strict=True):
             ids = self.encode(text)
             if len(ids) > context_length and not truncate:
-                raise TokenizerError(f"text {text[:60]!r} takes {len(ids)} tokens, more than {context_length}")
+                raise TokenizerError(f"text {text[:60]!r} takes {len(ids)} tokens, more than "
+                                     f"{context_length}")
             ids = ids[:context_length]
             ids[-1] = self.eos_token_id
             row[: len(ids)] = torch.tensor(ids, dtype=torch.int32)
         return result
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Text of ids, words separated by blanks; case and original spacing are lost. Broken bytes become U+FFFD."""
+        """Text of ids, words separated by blanks; case and original spacing are lost.
+        Broken bytes become U+FFFD."""
         skip = set(self.all_special_ids) if skip_special_tokens else ()
         joined = "".join(self._symbol(int(i)) for i in ids if int(i) not in skip)
         raw = b"".join(bytes([self._byte_of[c]]) if c in self._byte_of else c.encode("utf-8") for c in joined)
@@ -382,12 +416,13 @@ class CLIPTokenizer(Tokenizer):
     ) -> CLIPTokenizer:
         """Learns a small vocabulary from your own captions, in any language; nothing is downloaded.
 
-        vocab_size counts everything: 512 bytes, 2 special tokens, the rest for merges. A small set of captions may
-        not hold that many pairs that occur twice: len(tokenizer) tells what came out. The order of the texts does
-        not matter. options: those of the constructor.
+        vocab_size counts everything: 512 bytes, 2 special tokens, the rest for merges.
+        A small set of captions may not hold that many pairs that occur twice: len(tokenizer) tells what came
+        out. The order of the texts does not matter. options: those of the constructor.
         """
         if vocab_size < 514:
-            raise TokenizerError(f"vocab_size = {vocab_size} is below 514, the bytes and the two special tokens")
+            raise TokenizerError(f"vocab_size = {vocab_size} is below 514, the bytes and the two special "
+                                 "tokens")
         bare = cls(build_vocab([]), [], **options)
         counts = Counter(p for text in texts for p in bare._pieces(text) if p not in bare.added_tokens)
         merges = learn_merges(counts, vocab_size - 514)
@@ -395,7 +430,8 @@ class CLIPTokenizer(Tokenizer):
 
     @classmethod
     def from_bpe_file(cls, path: str | os.PathLike, **options: Any) -> CLIPTokenizer:
-        """Reads OpenAI's bpe_simple_vocab_16e6.txt.gz, or the same unpacked. options: those of the constructor."""
+        """Reads OpenAI's bpe_simple_vocab_16e6.txt.gz, or the same unpacked.
+        options: those of the constructor."""
         lines = read_text(path).split("\n")[1 : 1 + OPENAI_MERGES]
         merges = _pairs(lines, os.fspath(path))
         return cls(build_vocab(merges), merges, **options)
@@ -406,8 +442,8 @@ class CLIPTokenizer(Tokenizer):
     ) -> CLIPTokenizer:
         """Reads a folder: vocab.json and merges.txt, else tokenizer.json, else bpe_simple_vocab_16e6.txt.gz.
 
-        Special tokens and model_max_length come from tokenizer_config.json and special_tokens_map.json if they are
-        there; options override them. Raises TokenizerError or WeightsError.
+        Special tokens and model_max_length come from tokenizer_config.json and special_tokens_map.json if
+        they are there; options override them. Raises TokenizerError or WeightsError.
         """
         folder = os.path.join(folder, subfolder) if subfolder else os.fspath(folder)
         need_folder(folder)
@@ -432,7 +468,8 @@ class CLIPTokenizer(Tokenizer):
         vocab = {**vocab, **{t: i for t, i in added.items() if t not in vocab}}
         for symbol, i in vocab.items():
             if not isinstance(i, int) or isinstance(i, bool) or i < 0:
-                raise TokenizerError(f"{folder}: vocabulary: the id of {symbol!r} is {i!r}, not a number from 0")
+                raise TokenizerError(f"{folder}: vocabulary: the id of {symbol!r} is {i!r}, not a number "
+                                     "from 0")
         return cls(vocab, merges, added_tokens=added, **options)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
@@ -445,7 +482,8 @@ class CLIPTokenizer(Tokenizer):
         extra = [t for t in self.added_tokens if t not in self.all_special_tokens]
         write_json(at("vocab.json"), {s: i for s, i in self.vocab.items() if s not in extra})
         with atomic_write(at("merges.txt")) as file:
-            file.write("\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in self.merges), ""]).encode("utf-8"))
+            file.write("\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in self.merges),
+                                  ""]).encode("utf-8"))
         if extra:
             write_json(at("added_tokens.json"), {t: self.vocab[t] for t in extra})
         write_json(at("special_tokens_map.json"), special)
@@ -468,9 +506,11 @@ class CLIPTokenizer(Tokenizer):
                 {"id": self.vocab[t], "content": t, **flags, "special": t not in extra}
                 for t in sorted(self.added_tokens, key=self.vocab.get)
             ],
-            "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, space, {"type": "Lowercase"}]},
+            "normalizer": {"type": "Sequence",
+                           "normalizers": [{"type": "NFC"}, space, {"type": "Lowercase"}]},
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-            "post_processor": {"type": "RobertaProcessing", **ends, "trim_offsets": False, "add_prefix_space": False},
+            "post_processor": {"type": "RobertaProcessing", **ends, "trim_offsets": False,
+                               "add_prefix_space": False},
             "decoder": {**byte_level, "add_prefix_space": True},
             "model": {
                 "type": "BPE",
@@ -487,7 +527,7 @@ class CLIPTokenizer(Tokenizer):
         }
 
 
-# -------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 
 
 def read_text(path: str | os.PathLike) -> str:
@@ -540,7 +580,8 @@ def _options(folder: str) -> dict[str, Any]:
         decoder = values.get("added_tokens_decoder")
         if isinstance(decoder, dict):
             entries = {i: t["content"] for i, t in decoder.items() if isinstance(t, dict) and "content" in t}
-            found["added_ids"] = {t: int(i) for i, t in entries.items() if i.isdecimal() and isinstance(t, str)}
+            found["added_ids"] = {t: int(i)
+                                  for i, t in entries.items() if i.isdecimal() and isinstance(t, str)}
     return found
 
 
@@ -551,7 +592,9 @@ def _read_tokenizer_json(path: str) -> tuple[dict[str, int], list[tuple[str, str
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or "merges" not in model:
         raise TokenizerError(f"{path}: model holds no vocab and merges; only BPE is read")
     if model.get("end_of_word_suffix") != END:
-        raise TokenizerError(f"{path}: end_of_word_suffix = {model.get('end_of_word_suffix')!r}, CLIP's is {END!r}")
+        raise TokenizerError(f"{path}: end_of_word_suffix = {model.get('end_of_word_suffix')!r}, CLIP's is "
+                             f"{END!r}")
     lines = [m if isinstance(m, str) else " ".join(map(str, m)) for m in model["merges"]]
-    added = [t for t in values.get("added_tokens") or [] if isinstance(t, dict) and "content" in t and "id" in t]
+    added = [t for t in values.get("added_tokens") or [] if isinstance(t, dict) and "content" in t
+             and "id" in t]
     return model["vocab"], _pairs(lines, path), {t["content"]: t["id"] for t in added}

@@ -1,9 +1,13 @@
-"""Weight files and model folders: safetensors, pickles, shards, strict loading. The one parser of untrusted files.
+"""Weight files and model folders: safetensors, pickles, shards, strict loading. Parses untrusted files.
 
-Read after config.py; it knows no model. Every model that reads or writes a folder inherits from `ModelFolder`.
-Source: the format description in the safetensors repository; folder layouts as diffusers and transformers write them.
-Mirrors: diffusers/models/modeling_utils.py, model_loading_utils.py; safetensors/torch.py; its tensor.rs for the checks.
-Legend: a safetensors file is [8 bytes: n, little-endian][n bytes: JSON header][data]; offsets count from the data's start.
+Read after config.py; it knows no model. Every model that reads or writes a folder inherits from
+`ModelFolder`.
+Source: the format description in the safetensors repository; folder layouts as diffusers and transformers
+write them.
+Mirrors: diffusers/models/modeling_utils.py, model_loading_utils.py; safetensors/torch.py; its tensor.rs for
+the checks.
+Legend: a safetensors file is [8 bytes: n, little-endian][n bytes: JSON header][data]; offsets count from the
+data's start.
 """
 
 from __future__ import annotations
@@ -57,19 +61,20 @@ class WeightsError(ValueError):
     """A file that cannot be honoured. One line that names the file, the tensor or field, and the value."""
 
 
-# ---- JSON -----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------- JSON
 
 
 def need_folder(folder: str | os.PathLike) -> None:
     """Raises WeightsError for what is no local folder, such as a name on a model hub."""
     if not os.path.isdir(folder):
-        there = os.path.exists(folder)
-        raise WeightsError(f"{_name(folder)}: " + ("a file, not a folder" if there else
-                                                   f"no such folder or file; {LOCAL_ONLY}"))
+        problem = ("a file, not a folder" if os.path.exists(folder)
+                   else f"no such folder or file; {LOCAL_ONLY}")
+        raise WeightsError(f"{_name(folder)}: {problem}")
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads a JSON object from a file of at most 32 MiB. Raises WeightsError; a byte order mark is forgiven."""
+    """Reads a JSON object from a file of at most 32 MiB.
+    Raises WeightsError; a byte order mark is forgiven."""
     path = _name(path)
     need_folder(os.path.dirname(path) or ".")
     with _open(path) as file:
@@ -86,7 +91,8 @@ def write_json(path: str | os.PathLike, values: dict[str, Any]) -> None:
 
 
 def _parse_json(raw: bytes, source: str) -> dict[str, Any]:
-    """Strict JSON in bounded time and memory: UTF-8, no key twice, no deep nesting, no huge numbers, one object."""
+    """Strict JSON in bounded time and memory: UTF-8, no key twice, no deep nesting, no huge numbers,
+    one object."""
     if raw.count(b",") > MAX_JSON_COMMAS:
         raise WeightsError(f"{source}: JSON with more than {MAX_JSON_COMMAS} elements is refused")
 
@@ -116,7 +122,7 @@ def _parse_json(raw: bytes, source: str) -> dict[str, Any]:
     return values
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------ files
 
 
 @contextmanager
@@ -163,7 +169,7 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-# ---- safetensors ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------ safetensors
 
 
 def load_file(
@@ -171,9 +177,11 @@ def load_file(
 ) -> dict[str, Tensor]:
     """Reads a safetensors file. Tensors come in the order of their bytes in the file.
 
-    With `mmap` they are copy-on-write views of the file: nothing is read until it is touched, and writing to a tensor
-    changes memory only. Where mapping fails, and on Windows (a mapped file cannot be replaced there), they are read.
-    dtype: floating-point tensors of another dtype are read one by one and cast, so that memory never holds both.
+    With `mmap` they are copy-on-write views of the file: nothing is read until it is touched,
+    and writing to a tensor changes memory only. Where mapping fails, and on Windows (a mapped file cannot be
+    replaced there), they are read.
+    dtype: floating-point tensors of another dtype are read one by one and cast,
+    so that memory never holds both.
     Raises WeightsError for whatever is not exactly a safetensors file.
     """
     path = _name(path)
@@ -202,27 +210,33 @@ def _read_header(file: BinaryIO, size: int, path: str) -> tuple[int, list[tuple]
         raise WeightsError(f"{path}: {size} bytes are too few for a safetensors file")
     (length,) = struct.unpack("<Q", prefix)
     if length > min(MAX_HEADER_BYTES, size - 8):
-        raise WeightsError(f"{path}: header length {length} does not fit (file {size} bytes, at most {MAX_HEADER_BYTES})")
+        raise WeightsError(f"{path}: header length {length} does not fit (file {size} bytes, at most "
+                           f"{MAX_HEADER_BYTES})")
     raw = file.read(length)
     if raw[:1] != b"{" or len(raw) < length:
-        raise WeightsError(f"{path}: not a safetensors file, the header does not begin with '{{' or is cut off")
+        raise WeightsError(f"{path}: not a safetensors file, the header does not begin with "
+                           f"'{{' or is cut off")
     return 8 + length, check_header(_parse_json(raw, path), size - 8 - length, path)
 
 
 def check_header(header: dict[str, Any], data_bytes: int, source: str) -> list[tuple]:
-    """Holds a parsed header against the format: every tensor well-formed, and the tensors tile the data exactly."""
+    """Holds a parsed header against the format: every tensor well-formed,
+    and the tensors tile the data exactly."""
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise WeightsError(f"{source}: __metadata__ must map strings to strings")
-    entries = sorted((_entry(name, info, source) for name, info in header.items()), key=lambda entry: entry[3:])
+    entries = sorted((_entry(name, info, source) for name, info in header.items()),
+                     key=lambda entry: entry[3:])
     expected = 0
     for name, _, _, begin, end in entries:
         if begin != expected:
             problem = "overlaps the tensor before it" if begin < expected else "leaves a hole before it"
-            raise WeightsError(f"{source}: tensor {_short(name)} at bytes {begin}:{end} {problem} ({expected})")
+            raise WeightsError(f"{source}: tensor {_short(name)} at bytes {begin}:{end} {problem} "
+                               f"({expected})")
         expected = end
     if expected != data_bytes:
-        raise WeightsError(f"{source}: the tensors end at byte {expected}, the data at {data_bytes}: cut off or padded")
+        raise WeightsError(f"{source}: the tensors end at byte {expected}, the data at {data_bytes}: cut off "
+                           "or padded")
     return entries
 
 
@@ -273,17 +287,21 @@ def _read_tensor(file: BinaryIO, offset: int, dtype: torch.dtype, shape: list[in
     return torch.frombuffer(content, dtype=dtype).view(shape) if content else torch.empty(shape, dtype=dtype)
 
 
-def save_file(tensors: dict[str, Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file, atomically; equal tensors give equal bytes, whatever their order in the dict.
+def save_file(tensors: dict[str, Tensor], path: str | os.PathLike,
+              metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file, atomically; equal tensors give equal bytes,
+    whatever their order in the dict.
 
-    Views and tensors that share memory are written out in full, each under its name. Raises WeightsError for a tensor
-    that has no plain bytes (meta, sparse, quantized) or a dtype the format lacks.
+    Views and tensors that share memory are written out in full, each under its name.
+    Raises WeightsError for a tensor that has no plain bytes (meta, sparse,
+    quantized) or a dtype the format lacks.
     """
     path = _name(path)
     _refuse_big_endian(path)
     for name, tensor in tensors.items():
         _check_writable(name, tensor, path)
-    rank = {dtype: -i for i, dtype in enumerate(DTYPES.values())}  # wide types first keeps every tensor aligned
+    # wide types first keeps every tensor aligned
+    rank = {dtype: -i for i, dtype in enumerate(DTYPES.values())}
     names = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
@@ -316,14 +334,16 @@ def _write_bytes(file: BinaryIO, tensor: Tensor) -> None:
 
 def _refuse_big_endian(path: str) -> None:
     if sys.byteorder != "little":
-        raise WeightsError(f"{path}: safetensors files are little-endian, this machine is {sys.byteorder}-endian")
+        raise WeightsError(f"{path}: safetensors files are little-endian, this machine is "
+                           f"{sys.byteorder}-endian")
 
 
-# ---- pickles --------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------- pickles
 
 
 def load_pickle(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Reads the tensors of a .bin, .pt or .ckpt file; a dict under the key "state_dict" is taken as the content."""
+    """Reads the tensors of a .bin, .pt or .ckpt file;
+    a dict under the key "state_dict" is taken as the content."""
     content = read_pickle(path)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
@@ -347,7 +367,8 @@ def read_pickle(path: str | os.PathLike) -> Any:
         raise
     except Exception as error:  # the reader raises many kinds; none of them may pass as anything else
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        problem = "not a plain pickle of tensors and numbers; code in pickles is never run, so convert it to safetensors"
+        problem = ("not a plain pickle of tensors and numbers; code in pickles is never run, "
+                   "so convert it to safetensors")
         raise WeightsError(f"{path}: {problem} ({reason})") from None
 
 
@@ -362,7 +383,7 @@ def _plain_tensors(content: Any, path: str) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in content.items()}
 
 
-# ---- folders --------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------- folders
 
 
 def load_folder(
@@ -399,20 +420,23 @@ def _load_any(path: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
 
 
 def _load_shards(folder: str, index: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """All shards that an index names. They must lie in the folder itself and hold exactly what the index says."""
+    """All shards that an index names. They must lie in the folder itself and hold exactly what the index
+    says."""
     path = os.path.join(folder, index)
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise WeightsError(f"{path}: weight_map is missing")
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", file, re.ASCII):
-            raise WeightsError(f"{path}: weight_map[{_short(tensor)}] = {_short(file)} is not a weight file in this folder")
+            raise WeightsError(f"{path}: weight_map[{_short(tensor)}] = {_short(file)} is not a weight file "
+                               "in this folder")
     state_dict: dict[str, Tensor] = {}
     for file in dict.fromkeys(weight_map.values()):
         shard = _load_any(os.path.join(folder, file), dtype)
         for tensor in shard:
             if weight_map.get(tensor) != file:
-                raise WeightsError(f"{path}: {file} holds {_short(tensor)}, which the index does not place there")
+                raise WeightsError(f"{path}: {file} holds {_short(tensor)}, which the index does not place "
+                                   "there")
         state_dict.update(shard)
     if missing := [tensor for tensor in weight_map if tensor not in state_dict]:
         raise WeightsError(f"{path}: the shards lack {_listed(missing)}")
@@ -444,7 +468,8 @@ def _save_shards(
 
 
 def _split(state_dict: dict[str, Tensor], max_shard_size: int) -> list[list[str]]:
-    """Names in order, cut where the next tensor would pass the size; a larger tensor gets a shard of its own."""
+    """Names in order, cut where the next tensor would pass the size;
+    a larger tensor gets a shard of its own."""
     shards: list[list[str]] = [[]]
     room = max_shard_size
     for name, tensor in state_dict.items():
@@ -457,11 +482,13 @@ def _split(state_dict: dict[str, Tensor], max_shard_size: int) -> list[list[str]
     return shards
 
 
-# ---- models ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------- models
 
 
-def load_strict(model: nn.Module, state_dict: dict[str, Tensor], source: str, ignore: Iterable[str] = ()) -> None:
-    """Gives a model its tensors, all or none: one WeightsError lists missing, unexpected and mis-shaped tensors.
+def load_strict(model: nn.Module, state_dict: dict[str, Tensor], source: str,
+                ignore: Iterable[str] = ()) -> None:
+    """Gives a model its tensors, all or none: one WeightsError lists missing,
+    unexpected and mis-shaped tensors.
 
     ignore: names, or last parts of names, that a file may hold without use, e.g. "position_ids".
     A model on the meta device takes the tensors themselves, cast to its dtypes; another model copies them.
@@ -488,7 +515,8 @@ def load_strict(model: nn.Module, state_dict: dict[str, Tensor], source: str, ig
 
 
 def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """load_state_dict(assign=True) without its hooks and checks, which cost a third of the time to load a folder."""
+    """load_state_dict(assign=True) without its hooks and checks,
+    which cost a third of the time to load a folder."""
     for path, module in model.named_modules():
         path = path + "." if path else ""
         for name, old in module._parameters.items():
@@ -499,12 +527,14 @@ def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
                 module._buffers[name] = tensors[path + name]
 
 
-FACTORIES = frozenset((torch.empty, torch.zeros, torch.ones, torch.full, torch.randn, torch.rand, torch.tensor))
+FACTORIES = frozenset((torch.empty, torch.zeros, torch.ones, torch.full, torch.randn, torch.rand,
+                       torch.tensor))
 
 
 class _Hollow(TorchFunctionMode):
-    """Makes tensors on the meta device and leaves out their first numbers. One mode for both: building a model is
-    thousands of small calls, and each mode that they pass through costs as much as the call."""
+    """Makes tensors on the meta device and leaves out their first numbers.
+    One mode for both: building a model is thousands of small calls, and each mode that they pass through
+    costs as much as the call."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -516,20 +546,23 @@ class _Hollow(TorchFunctionMode):
 
 
 @contextmanager
-def without_numbers() -> Iterator[None]:
+def skip_init() -> Iterator[None]:
     """Models built inside have shapes but no memory and no first weights: for load_strict to fill."""
     with _Hollow():
         yield
 
 
 def _refuse_meta(model: nn.Module, source: str) -> None:
-    empty = [name for name, buffer in model.named_buffers() if buffer.is_meta]  # parameters are all in the state dict
+    # parameters are all in the state dict
+    empty = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if empty:
-        raise WeightsError(f"{source}: {type(model).__name__} keeps tensors that no file fills: {_listed(empty)}")
+        raise WeightsError(f"{source}: {type(model).__name__} keeps tensors that no file fills: "
+                           f"{_listed(empty)}")
 
 
 def _listed(names: list[str]) -> str:
-    shown = ", ".join(name if len(name) <= 120 and name.isprintable() else _short(name) for name in names[:ERRORS_SHOWN])
+    shown = ", ".join(name if len(name) <= 120 and name.isprintable() else _short(name)
+                      for name in names[:ERRORS_SHOWN])
     return shown + (f" and {len(names) - ERRORS_SHOWN} more" if len(names) > ERRORS_SHOWN else "")
 
 
@@ -555,8 +588,10 @@ def _class_named(values: dict[str, Any]) -> str | None:
 class ModelFolder:
     """Mixin for nn.Modules that live in a folder: `config.json` beside the weights, as upstream writes it.
 
-    A subclass sets `config_class`, takes a config as its constructor's first argument, and keeps it as `self.config`.
-    Constructors may hold no buffer outside the state dict: models are built on the meta device before loading.
+    A subclass sets `config_class`, takes a config as its constructor's first argument,
+    and keeps it as `self.config`.
+    Constructors may hold no buffer outside the state dict: models are built on the meta device before
+    loading.
     """
 
     config_class: ClassVar[type[Config]]
@@ -577,8 +612,10 @@ class ModelFolder:
     ):
         """Reads a model from a local folder; returns it in eval mode, on the CPU.
 
-        torch_dtype: e.g. torch.float16 or "float16". None gives float32 whatever the file holds, as upstream does.
-        Raises WeightsError, or ConfigError from the config; never returns a model with a tensor left unfilled.
+        torch_dtype: e.g. torch.float16 or "float16". None gives float32 whatever the file holds,
+        as upstream does.
+        Raises WeightsError, or ConfigError from the config;
+        never returns a model with a tensor left unfilled.
         """
         dtype = _dtype(torch_dtype)
         folder = os.path.join(_name(folder), subfolder) if subfolder else _name(folder)
@@ -588,7 +625,7 @@ class ModelFolder:
             config = cls.config_from_folder(values, source)
         except ConfigError as error:
             raise ConfigError(_misplaced(folder, values, cls.__name__, error)) from None
-        with without_numbers():
+        with skip_init():
             model = cls(config)
             model = model if model.dtype == dtype else model.to(dtype)
         state_dict = model.convert_keys(load_folder(folder, cls.weights_stem, variant, dtype))
@@ -616,7 +653,8 @@ class ModelFolder:
     def save_pretrained(
         self, folder: str | os.PathLike, variant: str | None = None, max_shard_size: int = 10 * 10**9
     ) -> None:
-        """Writes config.json and the weights, in files of at most `max_shard_size` bytes. Upstream reads the folder."""
+        """Writes config.json and the weights, in files of at most `max_shard_size` bytes.
+        Upstream reads the folder."""
         folder = _name(folder)
         try:
             os.makedirs(folder, exist_ok=True)
@@ -626,14 +664,17 @@ class ModelFolder:
         _save_shards(self.state_dict(), folder, self.weights_stem, variant, max_shard_size)
 
     def num_parameters(self, only_trainable: bool = False) -> int:
+        """How many numbers the parameters hold; buffers do not count."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
     @property
     def dtype(self) -> torch.dtype:
+        """That of the first floating-point parameter."""
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
     @property
     def device(self) -> torch.device:
+        """Where the first parameter is; the CPU for a model without any."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
 

@@ -34,7 +34,8 @@ def clean_bert(text: str, lower: bool, strip_accents: bool) -> str:
 
 
 def is_punctuation(c: str) -> bool:
-    """ASCII signs that are neither letter nor digit count, such as $ and ^, though Unicode calls them symbols."""
+    """ASCII signs that are neither letter nor digit count, such as $ and ^,
+    though Unicode calls them symbols."""
     return c in "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~" or unicodedata.category(c)[0] == "P"
 
 
@@ -53,7 +54,8 @@ def bert_words(text: str) -> Iterator[str]:
 
 
 class BertTokenizer(Tokenizer):
-    """[CLS] text [SEP] as ids. vocab: symbol -> id, in which "##x" continues a word. Unlike CLIP's it has [UNK]."""
+    """[CLS] text [SEP] as ids. vocab: symbol -> id, in which "##x" continues a word.
+    Unlike CLIP's it has [UNK]."""
 
     def __init__(
         self,
@@ -70,12 +72,14 @@ class BertTokenizer(Tokenizer):
     ):
         self.vocab, self.model_max_length, self.do_lower_case = dict(vocab), model_max_length, do_lower_case
         self.strip_accents = do_lower_case if strip_accents is None else strip_accents
-        self.bos_token, self.eos_token, self.unk_token, self.pad_token = cls_token, sep_token, unk_token, pad_token
+        self.bos_token, self.eos_token = cls_token, sep_token
+        self.unk_token, self.pad_token = unk_token, pad_token
         self.mask_token = mask_token
         self.all_special_tokens = [unk_token, sep_token, pad_token, cls_token, mask_token]
         for token in self.all_special_tokens:
             if token not in self.vocab:
-                raise TokenizerError(f"vocabulary of {len(self.vocab)}: the special token {token!r} is missing")
+                raise TokenizerError(f"vocabulary of {len(self.vocab)}: the special token {token!r} is "
+                                     "missing")
         self._symbols = {i: s for s, i in self.vocab.items()}
         self._added = re.compile("(" + "|".join(map(re.escape, self.all_special_tokens)) + ")")
 
@@ -96,6 +100,7 @@ class BertTokenizer(Tokenizer):
         return pieces
 
     def text_ids(self, text: str) -> list[int]:
+        """Ids of a text, without [CLS] and [SEP]."""
         ids = []
         for part in self._added.split(text):
             if part in self.all_special_tokens:
@@ -115,7 +120,8 @@ class BertTokenizer(Tokenizer):
         """Reads vocab.txt, one symbol a line, or tokenizer.json, and tokenizer_config.json beside it."""
         need_folder(folder)
         at = lambda name: os.path.join(folder, name)  # noqa: E731
-        settings = read_json(at("tokenizer_config.json")) if os.path.exists(at("tokenizer_config.json")) else {}
+        settings = (read_json(at("tokenizer_config.json")) if os.path.exists(at("tokenizer_config.json"))
+                    else {})
         for key in ("do_lower_case", "strip_accents"):
             if isinstance(settings.get(key), bool):
                 options.setdefault(key, settings[key])
@@ -126,9 +132,11 @@ class BertTokenizer(Tokenizer):
             lines = read_text(at("vocab.txt")).rstrip("\n").split("\n")
             return cls({line.rstrip("\r"): i for i, line in enumerate(lines)}, **options)
         if not os.path.exists(at("tokenizer.json")):
-            raise TokenizerError(f"{os.fspath(folder)}: no tokenizer found (looked for vocab.txt, tokenizer.json)")
+            raise TokenizerError(f"{os.fspath(folder)}: no tokenizer found (looked for vocab.txt, "
+                                 "tokenizer.json)")
         model = read_json(at("tokenizer.json")).get("model")
-        if not isinstance(model, dict) or model.get("type", "WordPiece") != "WordPiece" or "vocab" not in model:
+        if not isinstance(model, dict) or model.get("type",
+                                                    "WordPiece") != "WordPiece" or "vocab" not in model:
             raise TokenizerError(f"{at('tokenizer.json')}: model is not WordPiece with a vocab")
         return cls(model["vocab"], **options)
 

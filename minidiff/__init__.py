@@ -9,6 +9,7 @@ from minidiff.samplers import (
     LCMScheduler,
     PNDMScheduler,
 )
+from minidiff.text_to_image import TextToImage
 from minidiff.unet import UNet2DConditionModel
 from minidiff.vae import AutoencoderKL, AutoencoderKLConfig
 
@@ -23,6 +24,7 @@ __all__ = [
     "LCMScheduler",
     "PNDMScheduler",
     "StableDiffusionPipeline",
+    "TextToImage",
     "UNet2DConditionConfig",
     "UNet2DConditionModel",
 ]

@@ -1,4 +1,5 @@
-"""`python -m minidiff --model FOLDER --prompt "..."`: pictures from a Stable Diffusion folder or single file.
+"""`python -m minidiff --model FOLDER --prompt "..."`: pictures from a Stable Diffusion folder or single file,
+or a run.
 
 Read after pipeline.py. Every mistake of the user ends in one line and exit code 2.
 """
@@ -9,12 +10,16 @@ import argparse
 import math
 import os
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from miniclip.command import run
 from minidiff.pipeline import SCHEDULERS, StableDiffusionPipeline
+from minidiff.text_to_image import TextToImage, model_of
 
+RUN_GUIDANCE = 1.5      # of a run of train_diffusion, as train.sample has it
 SAMPLERS = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
@@ -27,14 +32,15 @@ SAMPLERS = {
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    usage = "%(prog)s --model PATH --prompt TEXT [options]"
-    what = "Pictures from a Stable Diffusion checkpoint on this disk; nothing is downloaded."
-    parser = argparse.ArgumentParser("python -m minidiff", usage, what)
+    """The parsed command line; a mistake in it exits with status 2."""
+    parser = argparse.ArgumentParser("python -m minidiff", "%(prog)s --model FOLDER --prompt TEXT [options]",
+                                     "Pictures from a Stable Diffusion checkpoint, or a run of "
+                                     "train_diffusion, on this disk; nothing is downloaded.")
     add = parser.add_argument_group("the model").add_argument
     add("--model", required=True, metavar="PATH",
-        help="a folder as diffusers writes it, or a .safetensors or .ckpt file")
-    add("--tokenizer", metavar="PATH",
-        help="for a single file: a tokenizer's folder, or bpe_simple_vocab_16e6.txt.gz")
+        help="a folder as diffusers writes it, a .safetensors or .ckpt file, or a run of train_diffusion")
+    add("--tokenizer", metavar="PATH", help="for a single file: a tokenizer's folder, or "
+                                            "bpe_simple_vocab_16e6.txt.gz")
     add("--variant", metavar="NAME", help="of the folder's weight files, e.g. fp16 (default: none)")
     add("--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="default: %(default)s")
     add("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
@@ -43,16 +49,18 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--negative", metavar="TEXT", help="what it does not show (default: nothing)")
     add("--image", metavar="FILE", help="start from this picture")
     add("--mask", metavar="FILE", help="with --image: paint anew where this picture is white")
-    add("--strength", type=float, metavar="S",
-        help="part of the steps to walk with --image, in (0, 1] (default: 0.8, with --mask 1)")
+    add("--strength", type=float, metavar="S", help="part of the steps to walk with --image, in (0, 1] "
+                                                    "(default: 0.8, with --mask 1)")
     add("--height", type=int, metavar="PIXELS", help="default: the model's own, or that of --image")
     add("--width", type=int, metavar="PIXELS", help="likewise")
     add = parser.add_argument_group("how").add_argument
     add("--sampler", choices=SAMPLERS, help="default: the checkpoint's own")
-    add("--steps", type=int, default=50, metavar="N", help="of denoising, 1 to 1000 (default: %(default)s)")
+    add("--steps", type=int, default=50, metavar="N",
+        help="denoising steps, 1 to 1000 (default: %(default)s)")
     add("--guidance", type=float, metavar="G",
-        help="1 = the prompt alone, 0 = no prompt at all (default: 7.5, for SDXL 5)")
-    add("--seed", type=int, default=0, metavar="N", help="picture i has seed N + i (default: %(default)s)")
+        help="1 = the prompt alone, 0 = no prompt at all (default: 7.5, for SDXL 5, for a run 1.5)")
+    add("--seed", type=int, default=0, metavar="N",
+        help="picture i has the seed N + i (default: %(default)s)")
     add = parser.add_argument_group("how many, and where").add_argument
     add("--count", type=int, default=1, metavar="N", help="pictures to draw (default: %(default)s)")
     add("--batch", type=int, default=1, metavar="N", help="pictures at a time (default: %(default)s)")
@@ -66,12 +74,14 @@ def check(a: argparse.Namespace) -> None:
     if a.count < 1 or a.batch < 1:
         raise ValueError(f"--count {a.count} and --batch {a.batch} must be at least 1")
     if not -(2**63) <= a.seed <= 2**64 - a.count:
-        raise ValueError(f"--seed {a.seed}: with --count {a.count} from -2**63 to 2**64 - {a.count}")
+        raise ValueError(f"--seed {a.seed}: with --count {a.count} it must lie in -2**63 .. 2**64 - "
+                         f"{a.count}")
     if a.guidance is not None and not math.isfinite(a.guidance):
         raise ValueError(f"--guidance {a.guidance}: not a finite number")
 
 
 def load(a: argparse.Namespace) -> StableDiffusionPipeline:
+    """The pipeline on its device, with the sampler asked for. A single file needs --tokenizer."""
     dtype = getattr(torch, a.dtype)
     if not os.path.isfile(a.model):
         pipe = StableDiffusionPipeline.from_pretrained(a.model, a.variant, dtype)
@@ -86,6 +96,7 @@ def load(a: argparse.Namespace) -> StableDiffusionPipeline:
 
 
 def read_picture(path: str | None):
+    """An RGB Pillow picture, or None without a path. Raises ValueError for a file that is no picture."""
     if path is None:
         return None
     from PIL import Image
@@ -97,14 +108,13 @@ def read_picture(path: str | None):
         raise ValueError(f"{path}: no picture that can be read: {error}") from None
 
 
-def draw(a: argparse.Namespace) -> None:
-    check(a)
-    os.makedirs(a.out, exist_ok=True)
+def draw(a: argparse.Namespace) -> Iterator[list[Any]]:
+    """Pictures of a Stable Diffusion checkpoint, a batch at a time."""
     image, mask = read_picture(a.image), read_picture(a.mask)
     pipe = load(a)
     for first in range(0, a.count, a.batch):
         numbers = range(first, min(first + a.batch, a.count))
-        pictures = pipe(
+        yield pipe(
             a.prompt,
             image=image,
             mask_image=mask,
@@ -117,15 +127,37 @@ def draw(a: argparse.Namespace) -> None:
             num_images_per_prompt=len(numbers),
             generator=[torch.Generator().manual_seed(a.seed + i) for i in numbers],
         ).images
-        for i, picture in zip(numbers, pictures, strict=True):
-            path = os.path.join(a.out, f"{i:04d}.png")
+
+
+def draw_run(a: argparse.Namespace) -> Iterator[list[Any]]:
+    """Pictures of a run of train_diffusion. Raises ValueError for flags that it has no use for."""
+    for name in ("tokenizer", "negative", "image", "mask", "strength", "height", "width", "sampler",
+                 "variant"):
+        if getattr(a, name) is not None:
+            raise ValueError(f"--{name}: not with {a.model}, which is a run of train_diffusion")
+    model = TextToImage.load(a.model).to(a.device)
+    prompts = model.completed(model.spaced(a.prompt), a.count, a.seed)
+    guidance = RUN_GUIDANCE if a.guidance is None else a.guidance
+    yield model.draw(prompts, seed=a.seed, steps=a.steps, guidance=guidance, batch=a.batch)
+
+
+def write(a: argparse.Namespace) -> None:
+    """Draws the pictures and writes them under their numbers."""
+    check(a)
+    os.makedirs(a.out, exist_ok=True)
+    number = 0
+    for pictures in draw_run(a) if model_of(a.model) else draw(a):
+        for picture in pictures:
+            path = os.path.join(a.out, f"{number:04d}.png")
             picture.save(path)
             print(path)
+            number += 1
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status, 2 after a mistake of the user."""
     a = arguments(argv)
-    return run("minidiff", lambda: draw(a), (ValueError, OSError, RuntimeError, AssertionError))
+    return run("minidiff", lambda: write(a), (ValueError, OSError, RuntimeError, AssertionError))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k' / sqrt(hd) + mask) v, written out: what the fused kernel below computes (a test holds them equal).
+    """softmax(q k' / sqrt(hd) + mask) v, written out: what the fused kernel below computes (a test holds them
+    equal).
 
     q [B, nh, T, hd], k and v [B, nh, S, hd], mask broadcastable to [B, nh, T, S] -> [B, nh, T, hd].
     """
@@ -25,7 +26,8 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x [B, T, C] to a context [B, S, D], or to x itself where none is given -> [B, T, C].
+    """Multi-head attention of x [B, T, C] to a context [B, S, D],
+    or to x itself where none is given -> [B, T, C].
 
     `mask` [B, 1, S] is added to the scores. The projections to q, k and v have a bias only in the VAE.
     """
@@ -33,7 +35,8 @@ class Attention(nn.Module):
     def __init__(self, channels: int, context_dim: int | None, heads: int, bias: bool = False):
         super().__init__()
         if channels % heads != 0:
-            raise ValueError(f"attention_head_dim = {heads} (a count of heads) does not divide {channels} channels")
+            raise ValueError(f"attention_head_dim = {heads} (a count of heads) does not divide {channels} "
+                             "channels")
         self.heads = heads
         context_dim = channels if context_dim is None else context_dim
         self.to_q = nn.Linear(channels, channels, bias=bias)
@@ -42,9 +45,11 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(channels, channels), nn.Dropout(0.0))  # keys to_out.0.*
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """x [B, T, C] -> [B, T, C]. Raises ValueError if the mask and the context differ in length."""
         context = x if context is None else context
         if mask is not None and mask.shape[-1] != context.shape[1]:
-            raise ValueError(f"attention mask covers {mask.shape[-1]} tokens, but there are {context.shape[1]}")
+            raise ValueError(f"attention mask covers {mask.shape[-1]} tokens, but there are "
+                             f"{context.shape[1]}")
         q, k, v = (self.split(project(y)) for project, y in
                    ((self.to_q, x), (self.to_k, context), (self.to_v, context)))
         mask = None if mask is None else mask[:, None]                      # [B, 1, 1, S]
@@ -52,32 +57,40 @@ class Attention(nn.Module):
         return self.to_out(out.transpose(1, 2).flatten(2))                  # [B, T, C]
 
     def split(self, y: Tensor) -> Tensor:
-        return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)            # [B, nh, T, hd]
+        """[B, T, C] -> [B, nh, T, hd]."""
+        return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class GEGLU(nn.Module):
-    """Half of a wide projection gates the other half; the exact (erf) GELU, since the tanh form is off by 3e-5."""
+    """Half of a wide projection gates the other half;
+    the exact (erf) GELU, since the tanh form is off by 3e-5."""
 
     def __init__(self, channels: int, inner: int):
         super().__init__()
         self.proj = nn.Linear(channels, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, T, channels] -> [B, T, inner]."""
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * F.gelu(gate)
 
 
 class FeedForward(nn.Module):
+    """The transformer's MLP with a GEGLU, 4 times as wide inside: [B, T, C] kept."""
+
     def __init__(self, channels: int):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Dropout(0.0), nn.Linear(4 * channels, channels))
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Dropout(0.0),
+                                 nn.Linear(4 * channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, T, C] -> [B, T, C]."""
         return self.net(x)
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward; each after a LayerNorm and inside a skip. [B, T, C] kept."""
+    """Self-attention, cross-attention, feed-forward; each after a LayerNorm and inside a skip.
+    [B, T, C] kept."""
 
     def __init__(self, channels: int, context_dim: int, heads: int, only_cross_attention: bool):
         super().__init__()
@@ -89,7 +102,9 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None, context_mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None,
+                context_mask: Tensor | None) -> Tensor:
+        """x [B, T, C], context [B, S, D]; `mask` is attn1's, `context_mask` [B, 1, S] attn2's."""
         x = x + self.attn1(self.norm1(x), context if self.only_cross_attention else None, mask)
         x = x + self.attn2(self.norm2(x), context, context_mask)
         return x + self.ff(self.norm3(x))
@@ -113,12 +128,14 @@ class Transformer2DModel(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None,
                 context_mask: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W], context [B, S, D]; the masks are added to the scores, as in `Attention`."""
         height, width = x.shape[-2:]
         h = self.norm(x)
         h = self.proj_in(to_tokens(h)) if self.linear else to_tokens(self.proj_in(h))       # [B, T, C]
         for block in self.transformer_blocks:
             h = block(h, context, mask, context_mask)
-        h = to_map(self.proj_out(h), height, width) if self.linear else self.proj_out(to_map(h, height, width))
+        h = to_map(self.proj_out(h), height,
+                   width) if self.linear else self.proj_out(to_map(h, height, width))
         return x + h                                                                        # [B, C, H, W]
 
 
@@ -128,5 +145,6 @@ def to_tokens(x: Tensor) -> Tensor:
 
 
 def to_map(x: Tensor, height: int, width: int) -> Tensor:
-    """[B, T, C] -> [B, C, H, W], in memory as the convolutions around it left it (channels last costs no copy)."""
+    """[B, T, C] -> [B, C, H, W], in memory as the convolutions around it left it (channels last costs no
+    copy)."""
     return x.transpose(1, 2).unflatten(2, (height, width))

@@ -1,4 +1,5 @@
-"""The UNet's config: diffusers' field names, defaults and JSON. Schedulers and the VAE keep theirs beside their maths.
+"""The UNet's config: diffusers' field names, defaults and JSON.
+Schedulers and the VAE keep theirs beside their maths.
 
 Read first of minidiff; then schedule.py or embeddings.py. Mirrors: diffusers' UNet2DConditionModel.__init__.
 """
@@ -13,13 +14,16 @@ from miniclip.config import Config, ConfigError
 # Whether a level attends: an exact table keyed by upstream's block names.
 DOWN_ATTENDS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 UP_ATTENDS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
-MID_ATTENDS = {"UNetMidBlock2D": False, "UNetMidBlock2DCrossAttn": True, None: False}  # None: no middle at all
+# None: no middle at all
+MID_ATTENDS = {"UNetMidBlock2D": False, "UNetMidBlock2DCrossAttn": True, None: False}
 
 Layers = int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class UNet2DConditionConfig(Config):
+    """Fields and defaults of diffusers' UNet2DConditionModel; those left out are in `inert`."""
+
     sample_size: int | tuple[int, ...] | None = None  # the usual H and W; any size runs
     in_channels: int = 4                        # 9 for inpainting, 8 for InstructPix2Pix
     out_channels: int = 4
@@ -38,7 +42,8 @@ class UNet2DConditionConfig(Config):
     act_fn: Literal["silu", "swish", "mish", "gelu", "relu"] = "silu"
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
-    cross_attention_dim: int | tuple[int, ...] = 1280       # width of encoder_hidden_states, per level if a tuple
+    # width of encoder_hidden_states, per level if a tuple
+    cross_attention_dim: int | tuple[int, ...] = 1280
     transformer_layers_per_block: int | tuple[Layers, ...] = 1
     reverse_transformer_layers_per_block: tuple[Layers, ...] | None = None  # given in the order of the way up
     encoder_hid_dim: int | None = None          # width of the text before encoder_hid_proj
@@ -86,7 +91,8 @@ class UNet2DConditionConfig(Config):
         self._check_conditions()
 
     def _check_numbers(self) -> None:
-        for name in ("in_channels", "out_channels", "norm_num_groups", "layers_per_block", "attention_head_dim",
+        for name in ("in_channels", "out_channels", "norm_num_groups", "layers_per_block",
+                     "attention_head_dim",
                      "block_out_channels", "cross_attention_dim"):
             if any(n < 1 for n in _flat(getattr(self, name))):
                 raise ConfigError(f"{name} = {getattr(self, name)} must be at least 1")
@@ -102,7 +108,8 @@ class UNet2DConditionConfig(Config):
     def _check_conditions(self) -> None:
         asymmetric = any(isinstance(n, tuple) for n in self.per_level("transformer_layers_per_block"))
         if asymmetric and self.reverse_transformer_layers_per_block is None:
-            raise ConfigError("a nested transformer_layers_per_block needs reverse_transformer_layers_per_block")
+            raise ConfigError("a nested transformer_layers_per_block needs "
+                              "reverse_transformer_layers_per_block")
         if self.encoder_hid_dim_type is not None and self.encoder_hid_dim is None:
             raise ConfigError(f"encoder_hid_dim_type = {self.encoder_hid_dim_type!r} needs encoder_hid_dim")
         if self.encoder_hid_dim is not None and len(set(self.per_level("cross_attention_dim"))) > 1:

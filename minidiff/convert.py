@@ -1,8 +1,11 @@
-"""Single files of the original Stable Diffusion layout (.safetensors, .ckpt) to our models; configs read off shapes.
+"""Single files of the original Stable Diffusion layout (.safetensors, .ckpt) to our models;
+configs read off shapes.
 
-Read after unet.py and vae.py. Mirrors: diffusers' loaders/single_file_utils.py, and the layouts of the first releases:
-CompVis' latent-diffusion (UNet, VAE), OpenAI's CLIP through transformers, OpenCLIP. Renaming only: a table from a
-part's old prefix to its new one is built from the config, and a name is renamed by the longest prefix that matches.
+Read after unet.py and vae.py. Mirrors: diffusers' loaders/single_file_utils.py,
+and the layouts of the first releases:
+CompVis' latent-diffusion (UNet, VAE), OpenAI's CLIP through transformers, OpenCLIP.
+Renaming only: a table from a part's old prefix to its new one is built from the config, and a name is renamed
+by the longest prefix that matches.
 Symbols: L layers per level; in the old layout every resnet, attention or resampler has one running number.
 """
 
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 from miniclip.config import CLIPTextConfig
 from miniclip.convert import from_openai
 from miniclip.model import CLIPTextModel, CLIPTextModelWithProjection
-from miniclip.weights import WeightsError, load_file, load_pickle, load_strict, without_numbers
+from miniclip.weights import WeightsError, load_file, load_pickle, load_strict, skip_init
 from minidiff.config import UNet2DConditionConfig
 from minidiff.unet import UNet2DConditionModel
 from minidiff.vae import AutoencoderKL, AutoencoderKLConfig
@@ -36,10 +39,12 @@ TEXTS = (
     ("conditioner.embedders.1.model.", "openclip", "text_encoder_2"),   # SDXL
     ("conditioner.embedders.0.model.", "openclip", "text_encoder_2"),   # SDXL refiner
 )  # fmt: skip
-# What training leaves in a file beside the models: tables of the schedule, the running mean, the VAE's loss
+# What training leaves in a file beside the models: tables of the schedule, the EMA, the VAE's loss
 LEFTOVERS = (
-    "model_ema.", "first_stage_model.loss.", "first_stage_model.model_ema.", "loss.", "betas", "alphas_cumprod",
-    "sqrt_", "log_one_minus_alphas_cumprod", "posterior_", "lvlb_weights", "logvar", "scale_factor", "denoiser.",
+    "model_ema.", "first_stage_model.loss.", "first_stage_model.model_ema.", "loss.", "betas",
+    "alphas_cumprod",
+    "sqrt_", "log_one_minus_alphas_cumprod", "posterior_", "lvlb_weights", "logvar", "scale_factor",
+    "denoiser.",
     "v_pred", "ztsnr", "edm_", "low_scale_model.", "global_step",
 )  # fmt: skip
 
@@ -54,7 +59,7 @@ RESNET = {
 VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
 
-# ---- the whole file -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------- the whole file
 
 
 def load_single_file(path: str | os.PathLike, torch_dtype: torch.dtype | None = None) -> dict[str, nn.Module]:
@@ -74,7 +79,7 @@ def build_models(state: State, source: str, torch_dtype: torch.dtype | None = No
     models: dict[str, nn.Module] = {}
     for name, (layout, part) in parts.items():
         model_class, config, renamed = CONVERTERS[layout](part, is_sdxl(state), f"{source}: {name}")
-        with without_numbers():
+        with skip_init():
             model = model_class(config).to(torch_dtype or torch.float32)
         load_strict(model, renamed, f"{source}: {name}", ignore=("position_ids",))
         models[name] = model.eval()
@@ -82,7 +87,8 @@ def build_models(state: State, source: str, torch_dtype: torch.dtype | None = No
 
 
 def split(state: State, source: str) -> dict[str, tuple[str, State]]:
-    """The parts of a file: name -> (layout, tensors without their prefix). Anything unknown in it is an error."""
+    """The parts of a file: name -> (layout, tensors without their prefix).
+    Anything unknown in it is an error."""
     prefixes = [(UNET, "unet", "unet"), *((prefix, "vae", "vae") for prefix in VAES), *TEXTS]
     if "encoder.conv_in.weight" in state and "encoder.down.0.block.0.conv1.weight" in state:
         prefixes = [("", "vae", "vae")]
@@ -97,7 +103,8 @@ def split(state: State, source: str) -> dict[str, tuple[str, State]]:
         else:
             parts.setdefault(match[2], (match[1], {}))[1][name.removeprefix(match[0])] = tensor
     if not parts:
-        raise WeightsError(f"{source}: holds no UNet, VAE or text encoder in Stable Diffusion's original layout")
+        raise WeightsError(f"{source}: holds no UNet, VAE or text encoder in Stable Diffusion's original "
+                           "layout")
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise WeightsError(f"{source}: unexpected tensors {', '.join(unknown[:5])}{more}")
@@ -105,16 +112,18 @@ def split(state: State, source: str) -> dict[str, tuple[str, State]]:
 
 
 def is_sdxl(state: State) -> bool:
-    """By its text encoders, or in a file of the UNet alone by the width of what is embedded beside the time."""
+    """By its text encoders, or in a file of the UNet alone by the width of what is embedded beside the
+    time."""
     label = state.get(UNET + "label_emb.0.0.weight")
     known = label is not None and label.ndim == 2 and label.shape[1] in (2816, 2560)
     return known or any(name.startswith("conditioner.embedders.") for name in state)
 
 
 def scheduler_config(models: dict[str, nn.Module]) -> tuple[str, dict[str, Any]]:
-    """The sampler that the release came with, as (class name, config), told from the models.
+    """The sampler that the release came with, as (class name, config), read off the models.
 
-    SD 2 comes as v_prediction at 768 pixels (taken here, as upstream does) and as epsilon at 512; no shape tells.
+    SD 2 comes as v_prediction at 768 pixels (taken here, as upstream does) and as epsilon at 512;
+    no shape tells.
     """
     config = models["unet"].config
     trained = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -122,7 +131,8 @@ def scheduler_config(models: dict[str, nn.Module]) -> tuple[str, dict[str, Any]]
         return "EulerDiscreteScheduler", {**trained, "timestep_spacing": "leading"}
     if config.use_linear_projection:
         kind = "v_prediction" if config.in_channels == 4 else "epsilon"
-        return "DDIMScheduler", {**trained, "prediction_type": kind, "clip_sample": False, "set_alpha_to_one": False}
+        return "DDIMScheduler", {**trained, "prediction_type": kind, "clip_sample": False,
+                                 "set_alpha_to_one": False}
     return "PNDMScheduler", {**trained, "skip_prk_steps": True, "set_alpha_to_one": False}
 
 
@@ -138,12 +148,13 @@ def rename(state: State, table: Table) -> State:
 
 
 def size(state: State, name: str, axis: int, source: str) -> int:
-    """One number of a tensor's shape, from which a config is told."""
+    """One number of a tensor's shape, from which a config is derived."""
     if name not in state:
-        raise WeightsError(f"{source}: the tensor {name} is missing, so its config cannot be told")
+        raise WeightsError(f"{source}: the tensor {name} is missing, so its config cannot be derived")
     shape = list(state[name].shape)
     if axis >= len(shape) or shape[axis] < 1:
-        raise WeightsError(f"{source}: the tensor {name} has the shape {shape}, so its config cannot be told")
+        raise WeightsError(f"{source}: the tensor {name} has the shape {shape}, so its config cannot be "
+                           "derived")
     return shape[axis]
 
 
@@ -152,16 +163,18 @@ def one_or_all(values: list) -> Any:
     return values[0] if len(set(values)) == 1 else tuple(values)
 
 
-# ---- the UNet -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------- the UNet
 
 
 def convert_unet(state: State, sdxl: bool, source: str) -> tuple[type, UNet2DConditionConfig, State]:
+    """Class, config and renamed tensors of a UNet in the original layout. `source`: the file, for errors."""
     config = infer_unet(state, sdxl, source)
     return UNet2DConditionModel, config, rename(state, unet_table(config))
 
 
 def infer_unet(state: State, sdxl: bool, source: str) -> UNet2DConditionConfig:
-    """The config of a UNet from its shapes. Head counts leave no trace in shapes and follow the families' habits."""
+    """The config of a UNet from its shapes. Head counts leave no trace in shapes and follow the families'
+    habits."""
     levels = list(_down_levels(state, source))          # [[(channels, attention depth), ...] per level]
     ups = list(_up_levels(state, [len(level) for level in levels], source))
     mid = _depth(state, "middle_block.1")
@@ -186,7 +199,8 @@ def infer_unet(state: State, sdxl: bool, source: str) -> UNet2DConditionConfig:
 
 
 def _down_levels(state: State, source: str) -> Iterator[list[tuple[int, int]]]:
-    """(channels, attention depth) of the resnets of each level on the way down; a strided convolution ends a level."""
+    """(channels, attention depth) of the resnets of each level on the way down;
+    a strided convolution ends a level."""
     size(state, "input_blocks.1.0.in_layers.2.weight", 0, source)
     level: list[tuple[int, int]] = []
     for i in range(1, 10_000):
@@ -199,7 +213,7 @@ def _down_levels(state: State, source: str) -> Iterator[list[tuple[int, int]]]:
             if f"input_blocks.{i}.0.op.weight" not in state:
                 return
         else:
-            raise WeightsError(f"{source}: input_blocks.{i} is missing, so its config cannot be told")
+            raise WeightsError(f"{source}: input_blocks.{i} is missing, so its config cannot be derived")
 
 
 def _up_levels(state: State, layers: list[int], source: str) -> Iterator[list[int]]:
@@ -234,15 +248,19 @@ def _layer_depths(downs: list[list[int]], ups: list[list[int]], mid: int) -> dic
     bottom = len(downs) - 1
     filled = [d if any(d) else [(mid if i == bottom else 0) or 1] for i, d in enumerate(downs)]
     down = [one_or_all(d) for d in filled]
-    if all(isinstance(d, int) for d in down) and all(set(u) <= {0, d} for u, d in zip(ups, down[::-1], strict=True)):
-        attending = {d for d, depths in zip(down, downs, strict=True) if any(depths)} | ({mid} if mid else set())
+    if all(isinstance(d, int) for d in down) and all(set(u) <= {0, d}
+                                                     for u, d in zip(ups, down[::-1], strict=True)):
+        attending = {d for d, depths in zip(down, downs, strict=True) if any(depths)}
+        attending |= {mid} if mid else set()
         return {"transformer_layers_per_block": attending.pop() if len(attending) == 1 else down}
     up = [one_or_all(u if any(u) else [1]) for u in ups]
     return {"transformer_layers_per_block": down, "reverse_transformer_layers_per_block": up}
 
 
-def _attention_fields(state: State, channels: list[int], sdxl: bool, context: int, source: str) -> dict[str, Any]:
-    """SD 1 has 8 heads everywhere; SD 2 and SDXL have heads 64 wide; the x4 upscaler (a class table) has 8 again."""
+def _attention_fields(state: State, channels: list[int], sdxl: bool, context: int,
+                      source: str) -> dict[str, Any]:
+    """SD 1 has 8 heads everywhere; SD 2 and SDXL have heads 64 wide;
+    the x4 upscaler (a class table) has 8 again."""
     linear = any(name.endswith(".1.proj_in.weight") and tensor.ndim == 2 for name, tensor in state.items())
     wide = linear and "label_emb.weight" not in state
     text_to_image = size(state, "input_blocks.0.0.weight", 1, source) == 4
@@ -326,10 +344,11 @@ def _resnet_table(old: str, new: str) -> Table:
     return {f"{old}.{a}": f"{new}.{b}" for a, b in RESNET.items()}
 
 
-# ---- the VAE --------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------- the VAE
 
 
 def convert_vae(state: State, sdxl: bool, source: str) -> tuple[type, AutoencoderKLConfig, State]:
+    """Class, config and renamed tensors of a VAE in the original layout. `source`: the file, for errors."""
     config = infer_vae(state, sdxl, source)
     renamed = rename(state, vae_table(config))
     for name, tensor in renamed.items():
@@ -369,7 +388,8 @@ def vae_table(c: AutoencoderKLConfig) -> Table:
     for i in range(levels):
         for j in range(c.layers_per_block + 1):
             table |= _vae_block(f"encoder.down.{i}.block.{j}", f"encoder.down_blocks.{i}.resnets.{j}")
-            table |= _vae_block(f"decoder.up.{i}.block.{j}", f"decoder.up_blocks.{levels - 1 - i}.resnets.{j}")
+            table |= _vae_block(f"decoder.up.{i}.block.{j}",
+                                f"decoder.up_blocks.{levels - 1 - i}.resnets.{j}")
         table[f"encoder.down.{i}.downsample.conv"] = f"encoder.down_blocks.{i}.downsamplers.0.conv"
         table[f"decoder.up.{i}.upsample.conv"] = f"decoder.up_blocks.{levels - 1 - i}.upsamplers.0.conv"
     for half in ("encoder", "decoder"):
@@ -385,7 +405,7 @@ def _vae_block(old: str, new: str) -> Table:
     return {f"{old}.nin_shortcut": f"{new}.conv_shortcut", old: new}
 
 
-# ---- the text encoders ----------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------ the text encoders
 
 
 def convert_clip(state: State, sdxl: bool, source: str) -> tuple[type, CLIPTextConfig, State]:
@@ -396,8 +416,10 @@ def convert_clip(state: State, sdxl: bool, source: str) -> tuple[type, CLIPTextC
 
 
 def convert_openclip(state: State, sdxl: bool, source: str) -> tuple[type, CLIPTextConfig, State]:
-    """OpenCLIP's text tower. SD 2 reads the last layer but one, so the last is left out; SDXL keeps all of it."""
-    layers = 1 + max((int(n.split(".")[2]) for n in state if n.startswith("transformer.resblocks.")), default=-1)
+    """OpenCLIP's text tower. SD 2 reads the last layer but one, so the last is left out;
+    SDXL keeps all of it."""
+    layers = 1 + max((int(n.split(".")[2]) for n in state if n.startswith("transformer.resblocks.")),
+                     default=-1)
     skipped = () if sdxl else (f"transformer.resblocks.{layers - 1}.", "text_projection")
     renamed = from_openai({n: t for n, t in state.items() if not n.startswith(("logit_scale", *skipped))})
     model_class = CLIPTextModelWithProjection if sdxl else CLIPTextModel
@@ -406,7 +428,8 @@ def convert_openclip(state: State, sdxl: bool, source: str) -> tuple[type, CLIPT
 
 def infer_text(state: State, source: str, act: str) -> CLIPTextConfig:
     """The config of a text tower from its shapes; heads are 64 wide in every release."""
-    vocabulary, width = (size(state, "text_model.embeddings.token_embedding.weight", axis, source) for axis in (0, 1))
+    vocabulary, width = (size(state, "text_model.embeddings.token_embedding.weight", axis, source)
+                         for axis in (0, 1))
     projection, layers = "text_projection.weight", 0
     while f"text_model.encoder.layers.{layers}.layer_norm1.weight" in state:
         layers += 1

@@ -1,4 +1,4 @@
-"""DDPMScheduler is in samplers/ddpm.py, beside its kin; this name keeps older imports working."""
+"""DDPMScheduler is in samplers/ddpm.py, with the other samplers; this name keeps older imports working."""
 
 from minidiff.samplers.ddpm import DDPMConfig, DDPMScheduler, DDPMSchedulerOutput
 

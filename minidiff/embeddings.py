@@ -22,7 +22,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def sinusoids(timesteps: Tensor, dim: int, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> Tensor:
     """Sines and cosines of t at `dim / 2` frequencies from 1 down to about 1/10000.
 
-    timesteps [B], integers or floats -> [B, dim] float32 whatever the model's dtype, as upstream computes them.
+    timesteps [B], integers or floats -> [B, dim] float32 whatever the model's dtype,
+    as upstream computes them.
     """
     half = dim // 2
     exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device)
@@ -41,13 +42,16 @@ class Timesteps(nn.Module):
         self.settings = (num_channels, flip_sin_to_cos, freq_shift)
 
     def forward(self, timesteps: Tensor) -> Tensor:
+        """[B] -> [B, num_channels] float32."""
         return sinusoids(timesteps, *self.settings)
 
 
 class TimestepEmbedding(nn.Module):
-    """MLP [B, in_channels] -> [B, out_channels]; `condition` [B, cond_channels] (LCM's guidance) is added first."""
+    """MLP [B, in_channels] -> [B, out_channels]; `condition` [B, cond_channels] (LCM's
+    guidance) is added first."""
 
-    def __init__(self, in_channels: int, out_channels: int, act_fn: str = "silu", cond_channels: int | None = None):
+    def __init__(self, in_channels: int, out_channels: int, act_fn: str = "silu",
+                 cond_channels: int | None = None):
         super().__init__()
         self.linear_1 = nn.Linear(in_channels, out_channels)
         if cond_channels is not None:
@@ -56,6 +60,7 @@ class TimestepEmbedding(nn.Module):
         self.act = ACTIVATIONS[act_fn]
 
     def forward(self, embedding: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Only a module built with cond_channels takes a `condition`."""
         if condition is not None:
             embedding = embedding + self.cond_proj(condition)
         return self.linear_2(self.act(self.linear_1(embedding)))

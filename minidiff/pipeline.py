@@ -1,9 +1,12 @@
-"""StableDiffusionPipeline: text to image, image to image and inpainting, for SD 1, SD 2, SDXL and their kin.
+"""StableDiffusionPipeline: text to image, image to image and inpainting, for SD 1, SD 2,
+SDXL and their variants.
 
-Read last: it only puts the parts together. Papers: Rombach 2022; Ho 2022 (classifier-free guidance, eq. 6); Podell
-2023 (SDXL); Meng 2022 (image to image); Lin 2023, section 3.4 (guidance rescale); Luo 2023 (LCM).
-Mirrors: diffusers' pipelines/stable_diffusion and stable_diffusion_xl, their nine classes as one. No safety checker.
-Shapes: B pictures, C = 3 colours, H W their size; L latent channels of h = H/f, w = W/f; S tokens, D text width.
+Read last: it only puts the parts together. Papers: Rombach 2022; Ho 2022 (classifier-free guidance, eq.
+6); Podell 2023 (SDXL); Meng 2022 (image to image); Lin 2023, section 3.4 (guidance rescale); Luo 2023 (LCM).
+Mirrors: diffusers' pipelines/stable_diffusion and stable_diffusion_xl, their nine classes as one.
+No safety checker.
+Shapes: B pictures, C = 3 colours, H W their size; L latent channels of h = H/f, w = W/f;
+S tokens, D text width.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from miniclip.tokenizer import CLIPTokenizer
 from miniclip.weights import WeightsError, read_json, write_json
 from minidiff import samplers
 from minidiff.convert import load_single_file, scheduler_config
+from minidiff.pil import from_pil, to_pil
 from minidiff.schedule import Generators, Scheduler, randn
 from minidiff.unet import UNet2DConditionModel
 from minidiff.vae import AutoencoderKL
@@ -49,28 +53,33 @@ Pictures = Any  # a tensor [B, 3, H, W] in 0 to 1, a Pillow picture, or a list o
 
 @dataclass
 class StableDiffusionPipelineOutput(ModelOutput):
+    """What a call of the pipeline returns; its output_type says which kind of images."""
+
     images: Any  # list of Pillow pictures, or a tensor
 
 
 @dataclass
 class Conditions:
-    """What the UNet is told beside the latents and the time, for B pictures; `negative` may be absent."""
+    """What the UNet is given besides the latents and the time, for B pictures; `negative` may be absent."""
 
     text: Tensor                                # [B, S, D]
     negative: Tensor | None = None              # [B, S, D]
     pooled: Tensor | None = None                # [B, P], SDXL
     negative_pooled: Tensor | None = None       # [B, P]
-    sizes: Tensor | None = None                 # [B, 6], SDXL: original height, width; top, left; target height, width
+    # [B, 6], SDXL: original height, width; top, left; target height, width
+    sizes: Tensor | None = None
     guidance: Tensor | None = None              # [B, E], LCM: the guidance scale itself, embedded
     mask: Tensor | None = None                  # [B, 1, h, w], inpainting UNets: 1 = paint here
     masked_latents: Tensor | None = None        # [B, L, h, w]
 
 
 class StableDiffusionPipeline:
-    """The whole model: `pipe = StableDiffusionPipeline.from_pretrained(folder)`, then `pipe("a herb shop").images`.
+    """The whole model: `pipe = StableDiffusionPipeline.from_pretrained(folder)`,
+    then `pipe("a herb shop").images`.
 
-    `scheduler` may be replaced at any time: `pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)`.
-    SDXL is told by its second text encoder. There is no safety checker: what you show to others is yours to check.
+    `scheduler` may be replaced at any time: `pipe.scheduler =
+    EulerDiscreteScheduler.from_config(pipe.scheduler.config)`.
+    A second text encoder means SDXL. There is no safety checker: what you show to others is yours to check.
     """
 
     def __init__(
@@ -87,7 +96,8 @@ class StableDiffusionPipeline:
         self.vae, self.unet = vae, unet
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
-        self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt  # SDXL: no negative prompt means zeros
+        # SDXL: no negative prompt means zeros
+        self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
         self.is_xl = text_encoder_2 is not None
         self.scheduler = scheduler if self.is_xl else _latent_scheduler(scheduler)
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # f, picture pixels per latent
@@ -96,11 +106,13 @@ class StableDiffusionPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike, variant: str | None = None, torch_dtype: torch.dtype | str | None = None
+        cls, folder: str | os.PathLike, variant: str | None = None,
+        torch_dtype: torch.dtype | str | None = None
     ) -> StableDiffusionPipeline:
         """Reads a local folder as diffusers writes it: model_index.json and one folder for each part.
 
-        Raises WeightsError or ConfigError. The safety checker and other parts that it may hold are left aside.
+        Raises WeightsError or ConfigError. The safety checker and other parts that it may hold are left
+        aside.
         """
         folder = os.fspath(folder)
         source = os.path.join(folder, "model_index.json")
@@ -112,8 +124,10 @@ class StableDiffusionPipeline:
             part = _class_of(index[name][-1], classes, f"{source}: {name}")
             models = {"variant": variant, "torch_dtype": torch_dtype} if issubclass(part, nn.Module) else {}
             parts[name] = part.from_pretrained(folder, subfolder=name, **models)
-        if missing := [name for name in ("unet", "vae", "scheduler", "tokenizer", "text_encoder") if name not in parts]:
-            raise WeightsError(f"{source}: the part {missing[0]!r} is missing, so this is no text-to-image pipeline")
+        if missing := [name for name in ("unet", "vae", "scheduler", "tokenizer", "text_encoder")
+                       if name not in parts]:
+            raise WeightsError(f"{source}: the part {missing[0]!r} is missing, so this is no text-to-image "
+                               "pipeline")
         if index.get("requires_aesthetics_score"):
             raise WeightsError(f"{source}: requires_aesthetics_score (the SDXL refiner) is not supported")
         zeros = index.get("force_zeros_for_empty_prompt", True)
@@ -128,7 +142,8 @@ class StableDiffusionPipeline:
     ) -> StableDiffusionPipeline:
         """Reads one .safetensors or .ckpt file in the original layout of SD 1, SD 2 or SDXL.
 
-        tokenizer: such files hold none. A tokenizer, a folder with its files, or OpenAI's bpe_simple_vocab_16e6.txt.gz.
+        tokenizer: such files hold none. A tokenizer, a folder with its files,
+        or OpenAI's bpe_simple_vocab_16e6.txt.gz.
         """
         parts: dict[str, Any] = load_single_file(path, torch_dtype)
         if missing := [name for name in ("unet", "vae", "text_encoder") if name not in parts]:
@@ -144,13 +159,15 @@ class StableDiffusionPipeline:
     def save_pretrained(self, folder: str | os.PathLike, variant: str | None = None) -> None:
         """Writes a folder that diffusers reads."""
         folder = os.fspath(folder)
-        index: dict[str, Any] = {"_class_name": f"StableDiffusion{'XL' * self.is_xl}Pipeline", "_diffusers_version": "0.30.0"}
+        index: dict[str, Any] = {"_class_name": f"StableDiffusion{'XL' * self.is_xl}Pipeline",
+                                 "_diffusers_version": "0.30.0"}
         for name in PARTS:
             part = getattr(self, name)
             if part is None:
                 continue
             target = os.path.join(folder, name)
-            part.save_pretrained(target, variant=variant) if isinstance(part, nn.Module) else part.save_pretrained(target)
+            options = {"variant": variant} if isinstance(part, nn.Module) else {}
+            part.save_pretrained(target, **options)
             library = "transformers" if name.startswith(("text", "token")) else "diffusers"
             index[name] = [library, type(part).__name__]
         absent = ["feature_extractor", "image_encoder"] + ([] if self.is_xl else ["safety_checker"])
@@ -166,10 +183,12 @@ class StableDiffusionPipeline:
         return self
 
     def models(self) -> list[nn.Module]:
+        """The parts with weights: UNet, VAE and the text encoders that there are."""
         return [m for m in (self.unet, self.vae, self.text_encoder, self.text_encoder_2) if m is not None]
 
     @property
     def device(self) -> torch.device:
+        """Where the UNet is."""
         return self.unet.device
 
     # ---- the whole run
@@ -205,13 +224,18 @@ class StableDiffusionPipeline:
 
         image: start from this picture (image to image); with mask_image: paint anew where the mask is white.
         strength: the part of the steps to walk, in (0, 1]; by default 0.8 with an image, 1 with a mask.
-        height, width: in pixels, multiples of the VAE's factor; by default the model's own size, or the image's.
-        guidance_scale: by default 7.5, or 5 for SDXL. 1 is the prompt alone, at half the cost; 0 is the negative
-        prompt alone and draws nothing of the prompt (upstream takes 0 for 1), so it warns. LCM models embed it.
+        height, width: in pixels, multiples of the VAE's factor;
+        by default the model's own size, or the image's.
+        guidance_scale: by default 7.5, or 5 for SDXL. 1 is the prompt alone, at half the cost;
+        0 is the negative prompt alone and draws nothing of the prompt (upstream takes 0 for 1),
+        so it warns. LCM models embed it.
         generator: one for all, or a list with one for each picture, which then does not depend on the batch.
-        latents: noise [B, L, h, w] to start from. output_type: "pil", "pt" ([B, 3, H, W] in 0 to 1), or "latent".
-        callback_on_step_end: called as f(pipe, step, timestep, {"latents": ...}); may return {"latents": ...} to go on with.
-        Raises ValueError for arguments that do not fit. Warns of prompts that are cut, with the words that are lost.
+        latents: noise [B, L, h, w] to start from. output_type: "pil", "pt" ([B, 3, H, W] in 0 to 1),
+        or "latent".
+        callback_on_step_end: called as f(pipe, step, timestep, {"latents": ...});
+        may return {"latents": ...} to go on with.
+        Raises ValueError for arguments that do not fit.
+        Warns of prompts that are cut, with the words that are lost.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         batch = len(prompts) * num_images_per_prompt
@@ -221,50 +245,58 @@ class StableDiffusionPipeline:
             if not math.isfinite(value):
                 raise ValueError(f"{name} = {value} is not a finite number")
         if scale == 0 and self.unet.config.time_cond_proj_dim is None:
-            warnings.warn("guidance_scale 0 ignores the prompt; for a model without guidance (Turbo) it is 1", stacklevel=2)
+            warnings.warn("guidance_scale 0 ignores the prompt; for a model without guidance (Turbo) it is 1",
+                          stacklevel=2)
         picture = None if image is None else self._pixels(image, height, width)
         height, width = self._size(height, width, picture)
 
-        c = self._conditions(prompts, prompt_2, negative_prompt, negative_prompt_2, num_images_per_prompt, clip_skip)
-        c.sizes = self._sizes(original_size or (height, width), crops_coords_top_left, target_size or (height, width), c.text)
+        c = self._conditions(prompts, prompt_2, negative_prompt, negative_prompt_2, num_images_per_prompt,
+                             clip_skip)
+        c.sizes = self.size_conditioning(original_size or (height, width), crops_coords_top_left,
+                                         target_size or (height, width), c.text)
         c.guidance = self._embed_guidance(scale, c.text)
         timesteps = self._timesteps(num_inference_steps, strength, image, mask_image)
         if mask_image is not None:
-            known = self._inpaint(c, picture, mask_image, timesteps, strength, (height, width), batch, generator, latents)
+            known = self._inpaint(c, picture, mask_image, timesteps, strength, (height, width), batch,
+                                  generator, latents)
             x = known.start
         elif picture is not None:
             x, known = self._noised(picture, timesteps, batch, generator, c.text), None
         else:
-            x, known = self._noise(latents, batch, height, width, generator, c.text) * self.scheduler.init_noise_sigma, None
+            x, known = self._noise(latents, batch, height, width, generator,
+                                   c.text) * self.scheduler.init_noise_sigma, None
 
         accepted = inspect.signature(self.scheduler.step).parameters
         extra = {k: v for k, v in (("eta", eta), ("generator", generator)) if k in accepted}
         for i, t in enumerate(timesteps):
             output = self._guided(x, t, c, scale, guidance_rescale)         # [B, L, h, w]
             x = self.scheduler.step(output, t, x, **extra).prev_sample
-            if known is not None and c.mask is None:                        # a UNet that was not trained to inpaint
+            # a UNet that was not trained to inpaint
+            if known is not None and c.mask is None:
                 x = known.keep(self.scheduler, x, timesteps[i + 1 : i + 2])
             if callback_on_step_end is not None:
                 x = (callback_on_step_end(self, i, t, {"latents": x}) or {}).get("latents", x)
             if progress and sys.stderr.isatty():
-                print(f"\rstep {i + 1}/{len(timesteps)}", end="\n" * (i + 1 == len(timesteps)), file=sys.stderr, flush=True)
+                print(f"\rstep {i + 1}/{len(timesteps)}", end="\n" * (i + 1 == len(timesteps)),
+                      file=sys.stderr, flush=True)
         return StableDiffusionPipelineOutput(self._finish(x, output_type))
 
     def _guided(self, x: Tensor, t: Tensor, c: Conditions, scale: float, rescale: float) -> Tensor:
-        """The UNet's answer with classifier-free guidance: e = e_neg + scale (e_text - e_neg) (Ho 2022)."""
+        """The prediction with classifier-free guidance: e = e_neg + scale (e_text - e_neg) (Ho 2022)."""
         if c.guidance is not None or scale == 1:                            # LCM, or nothing to mix
-            return self._answer(x, t, c, ["text"])
+            return self._predict(x, t, c, ["text"])
         if scale == 0:
-            return self._answer(x, t, c, ["negative"])
-        negative, text = self._answer(x, t, c, ["negative", "text"]).chunk(2)
+            return self._predict(x, t, c, ["negative"])
+        negative, text = self._predict(x, t, c, ["negative", "text"]).chunk(2)
         mixed = negative + scale * (text - negative)
-        if rescale > 0:                         # Lin 2023, eq. 14 to 16: back to the deviation of the text's answer
+        # Lin 2023, eq. 14 to 16: back to the deviation of the text's prediction
+        if rescale > 0:
             dims = tuple(range(1, text.ndim))
             narrowed = mixed * (text.std(dims, keepdim=True) / mixed.std(dims, keepdim=True))
             mixed = rescale * narrowed + (1 - rescale) * mixed
         return mixed
 
-    def _answer(self, x: Tensor, t: Tensor, c: Conditions, which: list[str]) -> Tensor:
+    def _predict(self, x: Tensor, t: Tensor, c: Conditions, which: list[str]) -> Tensor:
         """The UNet on the latents once for each of the texts named, as one batch."""
         n = len(which)
         x = self.scheduler.scale_model_input(torch.cat([x] * n), t)        # [n B, L, h, w]
@@ -274,7 +306,8 @@ class StableDiffusionPipeline:
         added = None
         if self.is_xl:
             pooled = {"text": c.pooled, "negative": c.negative_pooled}
-            added = {"text_embeds": torch.cat([pooled[name] for name in which]), "time_ids": c.sizes.repeat(n, 1)}
+            added = {"text_embeds": torch.cat([pooled[name] for name in which]),
+                     "time_ids": c.sizes.repeat(n, 1)}
         return self.unet(x, t, text, timestep_cond=c.guidance, added_cond_kwargs=added, return_dict=False)[0]
 
     # ---- the text
@@ -296,7 +329,8 @@ class StableDiffusionPipeline:
             first = _listed("" if negative is None else negative, len(prompts), "negative_prompt")
             second = _listed(first if negative_2 is None else negative_2, len(prompts), "negative_prompt_2")
             no_text, no_pooled = self.encode_prompt(first, second, None)    # never skips layers, as upstream
-        parts = [None if p is None else p.repeat_interleave(copies, dim=0) for p in (text, no_text, pooled, no_pooled)]
+        parts = [None if p is None else p.repeat_interleave(copies, dim=0)
+                 for p in (text, no_text, pooled, no_pooled)]
         return Conditions(*parts)
 
     def encode_prompt(
@@ -325,14 +359,17 @@ class StableDiffusionPipeline:
             ids = tokenizer(prompt).input_ids
             if len(ids) > most:
                 lost = tokenizer.decode(ids[most - 1 : -1])
-                warnings.warn(f"the prompt takes {len(ids)} tokens of {most}; this part is dropped: {lost!r}", stacklevel=5)
-        return tokenizer(prompts, padding="max_length", max_length=most, truncation=True, return_tensors="pt").input_ids
+                warnings.warn(f"the prompt takes {len(ids)} tokens of {most}; this part is dropped: {lost!r}",
+                              stacklevel=5)
+        return tokenizer(prompts, padding="max_length", max_length=most, truncation=True,
+                         return_tensors="pt").input_ids
 
-    def _sizes(self, original: tuple, corner: tuple, target: tuple, like: Tensor) -> Tensor | None:
+    def size_conditioning(self, original: tuple, corner: tuple, target: tuple, like: Tensor) -> Tensor | None:
         """SDXL's size conditioning for every picture, [B, 6]."""
         if not self.is_xl:
             return None
-        return torch.tensor([[*original, *corner, *target]], dtype=like.dtype, device=self.device).repeat(len(like), 1)
+        return torch.tensor([[*original, *corner, *target]], dtype=like.dtype,
+                            device=self.device).repeat(len(like), 1)
 
     def _embed_guidance(self, scale: float, like: Tensor) -> Tensor | None:
         """LCM: sinusoids of 1000 (scale - 1), [B, E]."""
@@ -360,7 +397,8 @@ class StableDiffusionPipeline:
             self.scheduler.set_begin_index(first)
         return self.scheduler.timesteps[first:]
 
-    def _noise(self, given: Tensor | None, batch: int, height: int, width: int, generator: Generators, like: Tensor) -> Tensor:
+    def _noise(self, given: Tensor | None, batch: int, height: int, width: int, generator: Generators,
+               like: Tensor) -> Tensor:
         shape = (batch, self.vae.config.latent_channels, height // self.factor, width // self.factor)
         if given is None:
             return randn(shape, generator, self.device, like.dtype)
@@ -368,7 +406,8 @@ class StableDiffusionPipeline:
             raise ValueError(f"latents are {list(given.shape)}, not {list(shape)}")
         return given.to(self.device)
 
-    def _noised(self, picture: Tensor, timesteps: Tensor, batch: int, generator: Generators, like: Tensor) -> Tensor:
+    def _noised(self, picture: Tensor, timesteps: Tensor, batch: int, generator: Generators,
+                like: Tensor) -> Tensor:
         """Latents of the picture with the noise of the first timestep (Meng 2022)."""
         latents = self._encode(picture, batch, generator, like.dtype)
         noise = randn(latents.shape, generator, self.device, like.dtype)
@@ -385,10 +424,11 @@ class StableDiffusionPipeline:
         batch: int,
         generator: Generators,
         given: Tensor | None,
-    ) -> Known:
+    ) -> InpaintState:
         """Where to start, what to keep; a UNet of 9 channels also gets the mask and the picture around it.
 
-        One order of draws from the generator for both kinds of UNet, upstream's: picture, noise, masked picture.
+        One order of draws from the generator for both kinds of UNet, upstream's: picture, noise,
+        masked picture.
         """
         whole = strength is None or strength == 1
         trained = self.unet.config.in_channels != self.vae.config.latent_channels
@@ -405,35 +445,38 @@ class StableDiffusionPipeline:
         mask = small.repeat(batch // len(small), 1, 1, 1)
         if trained:
             c.mask, c.masked_latents = mask, masked
-        return Known(start, mask, latents, noise)
+        return InpaintState(start, mask, latents, noise)
 
     def _encode(self, picture: Tensor, batch: int, generator: Generators, dtype: torch.dtype) -> Tensor:
-        """Pictures [1 or B, 3, H, W] in -1 to 1 -> scaled latents [B, L, h, w], drawn from the VAE's Gaussian."""
+        """Pictures [1 or B, 3, H, W] in -1 to 1 -> scaled latents [B, L, h, w],
+        drawn from the VAE's Gaussian."""
         if batch % len(picture):
             raise ValueError(f"{len(picture)} images for {batch} pictures")
         if isinstance(generator, list):
             picture = picture.repeat(batch // len(picture), 1, 1, 1)
         vae, own = self.vae, self.vae.dtype
         if self.is_xl and vae.config.force_upcast:
-            vae.to(torch.float32)               # from any dtype, as upstream: the draw below then is float32's
+            # from any dtype, as upstream: the draw below then is float32's
+            vae.to(torch.float32)
         z = vae.encode(picture.to(self.device, vae.dtype)).latent_dist.sample(generator).to(dtype)
         vae.to(own)
-        mean, std = self._statistics(z)
+        mean, std = self.latent_statistics(z)
         z = (z - mean) * vae.config.scaling_factor / std
         return torch.cat([z] * (batch // len(z)))
 
-    def _decode(self, z: Tensor) -> Tensor:
-        """Scaled latents -> pictures [B, 3, H, W] in -1 to 1. SDXL's VAE overflows in half precision: float32."""
+    def decode_latents(self, z: Tensor) -> Tensor:
+        """Scaled latents -> pictures [B, 3, H, W] in -1 to 1.
+        SDXL's VAE overflows in half precision: float32."""
         vae, own = self.vae, self.vae.dtype
         if self.is_xl and vae.config.force_upcast and own == torch.float16:
             vae.to(torch.float32)
             z = z.to(torch.float32)
-        mean, std = self._statistics(z)
+        mean, std = self.latent_statistics(z)
         x = vae.decode(z * std / vae.config.scaling_factor + mean).sample
         vae.to(own)
         return x
 
-    def _statistics(self, z: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    def latent_statistics(self, z: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """What latents are shifted and scaled by beside the scaling factor: nothing, but for a few VAEs."""
         c = self.vae.config
         if c.latents_mean is None or c.latents_std is None:
@@ -443,19 +486,21 @@ class StableDiffusionPipeline:
     def _finish(self, x: Tensor, output_type: str) -> Any:
         if output_type == "latent":
             return x
-        pictures = (self._decode(x) * 0.5 + 0.5).clamp(0, 1)                # [B, 3, H, W]
+        pictures = (self.decode_latents(x) * 0.5 + 0.5).clamp(0, 1)                # [B, 3, H, W]
         return pictures if output_type == "pt" else to_pil(pictures)
 
     # ---- arguments
 
-    def _check(self, image: Any, mask: Any, strength: float | None, output: str, batch: int, generator: Generators) -> None:
+    def _check(self, image: Any, mask: Any, strength: float | None, output: str, batch: int,
+               generator: Generators) -> None:
         channels, latent = self.unet.config.in_channels, self.vae.config.latent_channels
         if mask is not None and image is None:
             raise ValueError("mask_image needs an image to paint in")
         if strength is not None and (image is None or not 0 < strength <= 1):
             raise ValueError(f"strength = {strength} needs an image, and to lie in (0, 1]")
         if channels not in (latent, 2 * latent + 1):
-            raise ValueError(f"a UNet with in_channels = {channels} is not supported, only {latent} and {2 * latent + 1}")
+            raise ValueError(f"a UNet with in_channels = {channels} is not supported, only {latent} and "
+                             f"{2 * latent + 1}")
         if channels != latent and mask is None:
             raise ValueError("this UNet was trained for inpainting: give image and mask_image")
         if output not in ("pil", "pt", "latent"):
@@ -469,7 +514,8 @@ class StableDiffusionPipeline:
             return tuple(picture.shape[-2:])
         usual = self.unet.config.sample_size
         usual = usual if isinstance(usual, tuple) else (usual, usual)
-        size = tuple(u * self.factor if s is None and u else s for s, u in zip((height, width), usual, strict=True))
+        size = tuple(u * self.factor if s is None and u else s
+                     for s, u in zip((height, width), usual, strict=True))
         if None in size:
             raise ValueError("give height and width: the UNet's config has no sample_size")
         return self._multiple(*size)
@@ -482,12 +528,14 @@ class StableDiffusionPipeline:
     def _pixels(self, image: Pictures, height: int | None, width: int | None, mask: bool = False) -> Tensor:
         """Pictures -> [B, 3, H, W] in -1 to 1; masks -> [B, 1, H, W] in 0 to 1.
 
-        Pillow pictures are resized to height x width, by default to their own size rounded down; tensors must fit.
+        Pillow pictures are resized to height x width, by default to their own size rounded down;
+        tensors must fit.
         """
         if not isinstance(image, Tensor):
             images = image if isinstance(image, list) else [image]
             w, h = images[0].size
-            h, w = (h - h % self.factor if height is None else height), (w - w % self.factor if width is None else width)
+            h = h - h % self.factor if height is None else height
+            w = w - w % self.factor if width is None else width
             image = from_pil(images, *self._multiple(h, w), "L" if mask else "RGB")
         channels = 1 if mask else 3
         if image.ndim != 4 or image.shape[1] != channels:
@@ -495,15 +543,17 @@ class StableDiffusionPipeline:
             raise ValueError(f"{name} is {list(image.shape)}, not [batch, {channels}, height, width]")
         given = (image.shape[-2] if height is None else height, image.shape[-1] if width is None else width)
         if tuple(image.shape[-2:]) != self._multiple(*given):
-            raise ValueError(f"a picture of {list(image.shape[-2:])} does not fit height and width {list(given)}")
+            raise ValueError(f"a picture of {list(image.shape[-2:])} does not fit height and width "
+                             f"{list(given)}")
         if image.min() < 0 or image.max() > 1:
             raise ValueError(f"picture values lie in {image.min():.3g} to {image.max():.3g}, not in 0 to 1")
         return image.float() if mask else 2.0 * image.float() - 1.0
 
 
 @dataclass
-class Known:
-    """Inpainting: where to start, the mask (1 = paint), the picture's latents, and the one noise for all steps."""
+class InpaintState:
+    """Inpainting: where to start, the mask (1 = paint), the picture's latents,
+    and the one noise for all steps."""
 
     start: Tensor
     mask: Tensor
@@ -511,7 +561,8 @@ class Known:
     noise: Tensor
 
     def keep(self, scheduler: Scheduler, x: Tensor, next_timestep: Tensor) -> Tensor:
-        """Outside the mask, the known picture with the noise of the next timestep; after the last step without."""
+        """Outside the mask, the known picture with the noise of the next timestep;
+        after the last step without."""
         known = self.latents
         if len(next_timestep):
             known = scheduler.add_noise(known, self.noise, next_timestep)
@@ -519,13 +570,15 @@ class Known:
 
 
 def _latent_scheduler(scheduler: Scheduler) -> Scheduler:
-    """Early SD 1 folders left out steps_offset = 1 and clip_sample = false; upstream mends that, and so do we."""
+    """Early SD 1 folders left out steps_offset = 1 and clip_sample = false;
+    upstream mends that, and so do we."""
     config, mended = scheduler.config, {}
     if config.get("steps_offset", 1) != 1:
         mended["steps_offset"] = 1
     if config.get("clip_sample", False):
         mended["clip_sample"] = False
-    return type(scheduler).from_config({**config.to_dict(), **config.given, **mended}) if mended else scheduler
+    return type(scheduler).from_config({**config.to_dict(), **config.given,
+                                        **mended}) if mended else scheduler
 
 
 def _class_of(name: Any, classes: dict[str, Any], source: str) -> Any:
@@ -539,7 +592,8 @@ def _class_of(name: Any, classes: dict[str, Any], source: str) -> Any:
 def _tokenizer(given: Any, options: dict[str, Any]) -> CLIPTokenizer:
     if isinstance(given, CLIPTokenizer):
         return CLIPTokenizer(given.vocab, given.merges, model_max_length=given.model_max_length, **options)
-    return (CLIPTokenizer.from_pretrained if os.path.isdir(given) else CLIPTokenizer.from_bpe_file)(given, **options)
+    read = CLIPTokenizer.from_pretrained if os.path.isdir(given) else CLIPTokenizer.from_bpe_file
+    return read(given, **options)
 
 
 def _listed(text: str | list[str], count: int, name: str) -> list[str]:
@@ -547,27 +601,3 @@ def _listed(text: str | list[str], count: int, name: str) -> list[str]:
     if len(texts) != count:
         raise ValueError(f"{name} has {len(texts)} entries for {count} prompts")
     return texts
-
-
-def to_pil(pictures: Tensor) -> list[Any]:
-    """[B, 3, H, W] in 0 to 1 -> Pillow pictures. Raises ValueError for NaN, which would become black."""
-    from PIL import Image
-
-    if not pictures.isfinite().all():
-        raise ValueError("the pictures are not finite numbers: try float32, another sampler or less guidance")
-    levels = (pictures.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()  # [B, H, W, 3]
-    size = (levels.shape[2], levels.shape[1])
-    return [Image.frombytes("RGB", size, bytes(picture.flatten().tolist())) for picture in levels]
-
-
-def from_pil(images: list[Any], height: int, width: int, mode: str) -> Tensor:
-    """Pillow pictures -> [B, 3 or 1, H, W] in 0 to 1, resized by Lanczos' filter before the colours are converted."""
-    from PIL import Image
-
-    pictures = []
-    for image in images:
-        image = image if image.mode in ("RGB", "L") else image.convert("RGB")
-        image = image.resize((width, height), resample=Image.Resampling.LANCZOS).convert(mode)
-        flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        pictures.append(flat.view(height, width, -1).permute(2, 0, 1).float() / 255)     # [3 or 1, H, W]
-    return torch.stack(pictures)

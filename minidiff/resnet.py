@@ -19,8 +19,9 @@ class ResnetBlock2D(nn.Module):
     x [B, in_channels, H, W], temb [B, temb_channels] or None -> [B, out_channels, H, W].
     """
 
-    def __init__(self, in_channels: int, out_channels: int, temb_channels: int | None = None, *, groups: int = 32,
-                 eps: float = 1e-6, act_fn: str = "silu", dropout: float = 0.0, output_scale_factor: float = 1.0):
+    def __init__(self, in_channels: int, out_channels: int, temb_channels: int | None = None, *,
+                 groups: int = 32, eps: float = 1e-6, act_fn: str = "silu", dropout: float = 0.0,
+                 output_scale_factor: float = 1.0):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -29,12 +30,14 @@ class ResnetBlock2D(nn.Module):
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        # nn.Identity owns no parameters: a block that keeps its width has no conv_shortcut keys, as upstream
-        self.conv_shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        self.conv_shortcut = nn.Identity()  # owns no parameters: as upstream, no keys where width is kept
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
         self.act = ACTIVATIONS[act_fn]
         self.output_scale_factor = output_scale_factor
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        """x [B, in_channels, H, W], temb [B, D] or None -> [B, out_channels, H, W]."""
         h = self.conv1(self.act(self.norm1(x)))                             # [B, out, H, W]
         if temb is not None:
             h = h + self.time_emb_proj(self.act(temb))[:, :, None, None]
@@ -54,6 +57,7 @@ class Downsample2D(nn.Module):
         self.pad = (0, 1, 0, 1) if padding == 0 else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> half the size; padding 0 rounds odd sizes down, padding 1 up."""
         return self.conv(x if self.pad is None else F.pad(x, self.pad))
 
 
@@ -65,5 +69,6 @@ class Upsample2D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """size: (height, width) of the result, where it must meet a skip of odd size."""
         size = size or (2 * x.shape[-2], 2 * x.shape[-1])
         return self.conv(F.interpolate(x, size=size, mode="nearest"))

@@ -1,7 +1,8 @@
-"""What all samplers share: the noise schedule, the spacings of timesteps, noising, reading and writing their config.
+"""What all samplers share: the noise schedule, the spacings of timesteps, noising,
+reading and writing their config.
 
-Read after config.py, before samplers/ddpm.py. Papers: Ho 2020 (DDPM), Nichol 2021 (the cosine schedule), Lin 2023
-(spacings; zero terminal SNR, Algorithm 1), Salimans 2022 (v), Saharia 2022 (dynamic thresholding).
+Read after config.py, before samplers/ddpm.py. Papers: Ho 2020 (DDPM), Nichol 2021 (the cosine schedule),
+Lin 2023 (spacings; zero terminal SNR, Algorithm 1), Salimans 2022 (v), Saharia 2022 (dynamic thresholding).
 Mirrors: diffusers' scheduling_utils.py and the parts that its scheduler files repeat.
 Symbols: beta_t; alpha_t = 1 - beta_t; alpha_bar_t, their product up to t; x_t = sqrt(alpha_bar_t) x0 +
 sqrt(1 - alpha_bar_t) eps.
@@ -27,11 +28,12 @@ Generators = torch.Generator | list[torch.Generator] | None
 # `EulerDiscreteScheduler.from_config(pndm.config)` works as upstream; any other unknown field is an error.
 FAMILY_FIELDS = frozenset("""
     algorithm_type beta_end beta_schedule beta_start clip_sample clip_sample_range dynamic_shifting
-    dynamic_thresholding_ratio euler_at_final final_sigmas_type flow_shift interpolation_type lambda_min_clipped
-    lower_order_final num_train_timesteps original_inference_steps prediction_type rescale_betas_zero_snr
-    sample_max_value set_alpha_to_one sigma_max sigma_min skip_prk_steps solver_order solver_type steps_offset
-    thresholding time_shift_type timestep_scaling timestep_spacing timestep_type trained_betas use_beta_sigmas
-    use_dynamic_shifting use_exponential_sigmas use_flow_sigmas use_karras_sigmas use_lu_lambdas
+    dynamic_thresholding_ratio euler_at_final final_sigmas_type flow_shift interpolation_type
+    lambda_min_clipped lower_order_final num_train_timesteps original_inference_steps prediction_type
+    rescale_betas_zero_snr sample_max_value set_alpha_to_one sigma_max sigma_min skip_prk_steps solver_order
+    solver_type steps_offset thresholding time_shift_type timestep_scaling timestep_spacing timestep_type
+    trained_betas use_beta_sigmas use_dynamic_shifting use_exponential_sigmas use_flow_sigmas
+    use_karras_sigmas use_lu_lambdas
     variance_type""".split())
 
 
@@ -50,6 +52,7 @@ class ScheduleConfig(Config):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "scheduler") -> ScheduleConfig:
+        """Strict as Config.from_dict, but fields of other samplers pass, unread, and stay in `given`."""
         own = {f.name for f in fields(cls)} | set(cls.inert)
         foreign = {k: v for k, v in values.items() if k in FAMILY_FIELDS - own}
         config = super().from_dict({k: v for k, v in values.items() if k not in foreign}, source)
@@ -63,12 +66,15 @@ class ScheduleConfig(Config):
         if self.num_train_timesteps < 1:
             raise ConfigError(f"num_train_timesteps = {self.num_train_timesteps} must be at least 1")
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
-            raise ConfigError(f"{len(self.trained_betas)} trained_betas for {self.num_train_timesteps} timesteps")
+            raise ConfigError(f"{len(self.trained_betas)} trained_betas for {self.num_train_timesteps} "
+                              "timesteps")
         if self.trained_betas is None and self.beta_schedule not in BETA_SCHEDULES:
-            raise ConfigError(f"beta_schedule = {self.beta_schedule!r} is not one of {', '.join(BETA_SCHEDULES)}")
+            raise ConfigError(f"beta_schedule = {self.beta_schedule!r} is not one of "
+                              f"{', '.join(BETA_SCHEDULES)}")
 
 
 def linear(c: ScheduleConfig) -> Tensor:
+    """Ho 2020's: linear in beta."""
     return torch.linspace(c.beta_start, c.beta_end, c.num_train_timesteps, dtype=torch.float32)
 
 
@@ -78,15 +84,19 @@ def scaled_linear(c: ScheduleConfig) -> Tensor:
 
 
 def sigmoid(c: ScheduleConfig) -> Tensor:
-    return torch.sigmoid(torch.linspace(-6, 6, c.num_train_timesteps)) * (c.beta_end - c.beta_start) + c.beta_start
+    """beta rises as a sigmoid from about beta_start to about beta_end."""
+    return torch.sigmoid(torch.linspace(-6, 6,
+                                        c.num_train_timesteps)) * (c.beta_end - c.beta_start) + c.beta_start
 
 
 def betas_of(alpha_bar: Callable[[float], float], T: int, max_beta: float = 0.999) -> Tensor:
-    """beta_t = 1 - alpha_bar(t) / alpha_bar(t - 1), capped so that the last step stays finite (Nichol 2021, eq. 17)."""
+    """beta_t = 1 - alpha_bar(t) / alpha_bar(t - 1), capped so that the last step stays finite (Nichol 2021,
+    eq. 17)."""
     return torch.tensor([min(1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), max_beta) for i in range(T)])
 
 
 def cosine(c: ScheduleConfig) -> Tensor:
+    """Nichol 2021, eq. 17: alpha_bar falls as a squared cosine; beta_start and beta_end are not read."""
     return betas_of(lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2, c.num_train_timesteps)
 
 
@@ -124,7 +134,8 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
 
 
 def spaced_timesteps(spacing: str, steps: int, T: int, offset: int) -> list[int]:
-    """`steps` of the T training timesteps, from high to low (Lin 2023, table 2). Python rounds halves to even."""
+    """`steps` of the T training timesteps, from high to low (Lin 2023, table 2).
+    Python rounds halves to even."""
     if spacing == "linspace":
         stride = (T - 1) / (steps - 1) if steps > 1 else 0.0
         return [round(i * stride) for i in range(steps)][::-1]
@@ -149,16 +160,18 @@ def randn(shape: torch.Size | tuple[int, ...], generator: Generators, device: to
 
 
 def threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
-    """Dynamic thresholding (Saharia 2022, section 2.3): clip to a quantile s of |x0| per picture, divide by s."""
+    """Dynamic thresholding (Saharia 2022, section 2.3): clip to a quantile s of |x0| per picture,
+    divide by s."""
     flat = x0.flatten(1)
     flat = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
     s = torch.quantile(flat.abs(), ratio, dim=1).clamp(min=1, max=max_value)[:, None]
     return (flat.clamp(-s, s) / s).reshape(x0.shape).to(x0.dtype)
 
 
-# ---- eps, x0 and v: with x_t = alpha x0 + sigma eps and x_t known, each of them gives the others -----------------------
+# ---------------- eps, x0 and v: with x_t = alpha x0 + sigma eps and x_t known, each of them gives the others
 # The one place where a model's prediction is converted; samplers and training call it. `kind` is a config's
-# prediction_type; alpha and sigma are numbers or tensors that multiply x_t: sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t).
+# prediction_type; alpha and sigma are numbers or tensors that multiply x_t: sqrt(alpha_bar_t),
+# sqrt(1 - alpha_bar_t).
 
 
 def to_x0(kind: str, output: Tensor, x_t: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
@@ -183,7 +196,8 @@ def to_eps(kind: str, output: Tensor, x_t: Tensor, alpha: Tensor | float, sigma:
     return output                                           # "epsilon"
 
 
-def training_target(kind: str, x0: Tensor, eps: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+def training_target(kind: str, x0: Tensor, eps: Tensor, alpha: Tensor | float,
+                    sigma: Tensor | float) -> Tensor:
     """What a model of this kind is trained to predict."""
     if kind == "v_prediction":
         return alpha * eps - sigma * x0                     # Salimans 2022, section 4
@@ -207,8 +221,9 @@ def to_x0_unscaled(kind: str, output: Tensor, x: Tensor, sigma: Tensor, sigma_ha
 class Scheduler:
     """Base of the samplers: config in and out, the tables, and the forward process.
 
-    Built from its config or from the config's fields. The tables `betas`, `alphas`, `alphas_cumprod` [T] are float32
-    on the CPU. Nothing here is a module: no training or EMA step can touch the tables.
+    Built from its config or from the config's fields.
+    The tables `betas`, `alphas`, `alphas_cumprod` [T] are float32 on the CPU. Nothing here is a module: no
+    training or EMA step can touch the tables.
     """
 
     config_class: ClassVar[type[ScheduleConfig]] = ScheduleConfig
@@ -242,16 +257,19 @@ class Scheduler:
         """Writes `scheduler_config.json`, readable by diffusers."""
         os.makedirs(folder, exist_ok=True)
         head = {"_class_name": type(self).__name__, "_diffusers_version": "0.30.0"}
-        write_json(os.path.join(os.fspath(folder), "scheduler_config.json"), {**head, **self.config.to_dict()})
+        write_json(os.path.join(os.fspath(folder), "scheduler_config.json"),
+                   {**head, **self.config.to_dict()})
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | int | None = None) -> Tensor:
+        """What the model is to see at this timestep: here x_t itself; the Euler samplers rescale it."""
         return sample
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps (Ho 2020, eq. 4). Pictures [B, ...], timesteps [B]."""
+        """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps (Ho 2020, eq. 4).
+        Pictures [B, ...], timesteps [B]."""
         signal, sigma = self._signal_and_noise(timesteps, original_samples)
         return signal * original_samples + sigma * noise
 
@@ -280,8 +298,10 @@ class Scheduler:
     def _signal_and_noise(self, timesteps: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped to multiply x. Cast first, as upstream: in half
         precision that rounds 1 - alpha_bar_t, and real checkpoints were trained so."""
-        if timesteps.device.type == "cpu" and not 0 <= int(timesteps.min()) <= int(timesteps.max()) < len(self):
-            raise ValueError(f"timesteps must lie in 0 .. {len(self) - 1}, got {timesteps.flatten()[:8].tolist()}")
+        on_cpu = timesteps.device.type == "cpu"             # elsewhere looking would wait for the device
+        if on_cpu and not 0 <= int(timesteps.min()) <= int(timesteps.max()) < len(self):
+            raise ValueError(f"timesteps must lie in 0 .. {len(self) - 1}, got "
+                             f"{timesteps.flatten()[:8].tolist()}")
         alpha_bar = self.alphas_cumprod.to(device=x.device, dtype=x.dtype)[timesteps.to(x.device)].flatten()
         alpha_bar = alpha_bar.reshape(-1, *[1] * (x.ndim - 1))
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()

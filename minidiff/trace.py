@@ -18,8 +18,10 @@ from minidiff.unet import UNet2DConditionModel
 
 SDXL = {
     "sample_size": 128, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "block_out_channels": (320, 640, 1280),
-    "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048, "transformer_layers_per_block": (1, 2, 10),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048,
+    "transformer_layers_per_block": (1, 2, 10),
     "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }  # fmt: skip
@@ -32,7 +34,8 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def trace(model: UNet2DConditionModel, size: int, depth: int) -> list[tuple[str, str, str, int]]:
-    """(name, class, shape of the output, parameters) of every module down to `depth` names, in order of execution."""
+    """(name, class, shape of the output, parameters) of every module down to `depth` names,
+    in order of execution."""
     rows: list[tuple[str, str, str, int]] = []
 
     def note(name: str) -> Any:
@@ -51,17 +54,21 @@ def trace(model: UNet2DConditionModel, size: int, depth: int) -> list[tuple[str,
     added = None
     if c.addition_embed_type is not None:
         pooled = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
-        added = {"text_embeds": torch.empty(1, pooled, device="meta"), "time_ids": torch.empty(1, 6, device="meta")}
+        added = {"text_embeds": torch.empty(1, pooled, device="meta"),
+                 "time_ids": torch.empty(1, 6, device="meta")}
     text = torch.empty(1, 77, c.per_level("cross_attention_dim")[0], device="meta")
     model(torch.empty(1, c.in_channels, size, size, device="meta"), 500, text, added_cond_kwargs=added)
     return rows
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m minidiff.trace", description="One forward pass with its shapes.")
+    """The command: prints a line for each row of `trace`, and the sum of the parameters."""
+    parser = argparse.ArgumentParser("python -m minidiff.trace",
+                                     description="One forward pass with its shapes.")
     parser.add_argument("model", choices=MODELS, nargs="?", default="sd15")
     parser.add_argument("--size", type=int, default=None, help="height and width of the latents")
-    parser.add_argument("--depth", type=int, default=4, help="how many dots deep to look (default: %(default)s)")
+    parser.add_argument("--depth", type=int, default=4,
+                        help="how many dots deep to look (default: %(default)s)")
     a = parser.parse_args(argv)
     if a.depth < 1 or (a.size is not None and a.size < 1):
         parser.error(f"--depth {a.depth} and --size {a.size} must be at least 1")

@@ -1,16 +1,17 @@
 """UNet2DConditionModel: the noise predictor of Stable Diffusion.
 
 Read after attention.py. Papers: Ronneberger 2015 (the U), Ho 2020 appendix B, Rombach 2022 section 3.3,
-Podell 2023 section 2 (SDXL's size conditioning). Mirrors: diffusers' unets/unet_2d_condition.py, unet_2d_blocks.py.
+Podell 2023 section 2 (SDXL's size conditioning).
+Mirrors: diffusers' unets/unet_2d_condition.py, unet_2d_blocks.py.
 Shapes: B batch, C channels, H W height and width, S text tokens, D text width, E time embedding width.
 
 SD 1.5 at 64 x 64 latents, the numbers being C @ H = W; every arrow across is a skip that the way up pops:
 
-    conv_in    320 @ 64 ------------------------------------------------------> conv_out   4 @ 64
-    down 0     320 @ 64, 64, then halved to 32 -->  two resnets + attention  --> up 3    320 @ 64
-    down 1     640 @ 32, 32, then halved to 16 -->  two resnets + attention  --> up 2    640 @ 32, doubled to 64
-    down 2    1280 @ 16, 16, then halved to 8  -->  two resnets + attention  --> up 1   1280 @ 16, doubled to 32
-    down 3    1280 @  8,  8                    -->  two resnets              --> up 0   1280 @  8, doubled to 16
+    conv_in    320 @ 64 -----------------------------------------------------> conv_out  4 @ 64
+    down 0     320 @ 64, 64, then halved to 32 -->  two resnets + attention --> up 3   320 @ 64
+    down 1     640 @ 32, 32, then halved to 16 -->  two resnets + attention --> up 2   640 @ 32, doubled to 64
+    down 2    1280 @ 16, 16, then halved to 8  -->  two resnets + attention --> up 1  1280 @ 16, doubled to 32
+    down 3    1280 @  8,  8                    -->  two resnets             --> up 0  1280 @  8, doubled to 16
     mid       1280 @  8      resnet, attention, resnet
 """
 
@@ -52,6 +53,7 @@ class Block(nn.Module):
         return module(*args)
 
     def pairs(self) -> list[tuple[nn.Module, nn.Module | None]]:
+        """Each resnet with the transformer after it, or with None on a level that does not attend."""
         return list(zip(self.resnets, self.attentions or [None] * len(self.resnets), strict=True))
 
 
@@ -59,21 +61,26 @@ class DownBlock(Block):
     """Resnets (and transformers), then half the size. Returns the map and one skip for each map it made."""
 
     def __init__(self, widths: list[int], make_resnet: partial, make_attention: partial | None, layers: int,
-                 depths: list[int], halve_padding: int | None):
+                 depths: list[int], padding: int | None):
         super().__init__()
         attends = make_attention is not None
         out = widths[-1]
-        self.attentions = nn.ModuleList(make_attention(out, layers=depths[j]) for j in range(layers) if attends)
+        self.attentions = nn.ModuleList(make_attention(out, layers=depths[j])
+                                        for j in range(layers) if attends)
         self.resnets = nn.ModuleList(make_resnet(widths[min(j, 1)], out) for j in range(layers))
-        self.downsamplers = nn.ModuleList([Downsample2D(out, halve_padding)] if halve_padding is not None else [])
+        self.downsamplers = nn.ModuleList([Downsample2D(out, padding)] if padding is not None
+                                          else [])
 
-    def forward(self, h: Tensor, temb: Tensor, text: tuple, residual: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, h: Tensor, temb: Tensor, text: tuple,
+                residual: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """h [B, C, H, W], temb [B, E]; text: context and two masks; residual: a T2I-Adapter's."""
         skips = []
         for resnet, attention in self.pairs():
             h = self.run(resnet, h, temb)
             h = h if attention is None else self.run(attention, h, *text)
             skips.append(h)
-        if self.attentions and residual is not None:    # T2I-Adapter: before the halving where the level attends,
+        # T2I-Adapter: before the halving where the level attends,
+        if self.attentions and residual is not None:
             h = skips[-1] = h + residual
         for downsampler in self.downsamplers:
             h = downsampler(h)                                              # [B, C, H/2, W/2]
@@ -86,13 +93,15 @@ class DownBlock(Block):
 class MidBlock(Block):
     """A resnet, then (transformer, resnet) if it attends."""
 
-    def __init__(self, channels: int, make_resnet: partial, make_attention: partial | None, depths: list[int]):
+    def __init__(self, channels: int, make_resnet: partial, make_attention: partial | None,
+                 depths: list[int]):
         super().__init__()
         attends = make_attention is not None
         self.attentions = nn.ModuleList(make_attention(channels, layers=depths[0]) for _ in range(attends))
         self.resnets = nn.ModuleList(make_resnet(channels, channels) for _ in range(1 + attends))
 
     def forward(self, h: Tensor, temb: Tensor, text: tuple) -> Tensor:
+        """h [B, C, H, W] -> the same shape; text: context and the two masks of Transformer2DModel."""
         h = self.run(self.resnets[0], h, temb)
         for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
             h = self.run(resnet, self.run(attention, h, *text), temb)
@@ -103,15 +112,17 @@ class UpBlock(Block):
     """Pops one skip for each resnet, concatenates it, then doubles the size (to that of the next skip)."""
 
     def __init__(self, widths_in: list[int], out: int, make_resnet: partial, make_attention: partial | None,
-                 depths: list[int], double: bool):
+                 depths: list[int], upsample: bool):
         super().__init__()
         attends = make_attention is not None
         layers = len(widths_in)
-        self.attentions = nn.ModuleList(make_attention(out, layers=depths[j]) for j in range(layers) if attends)
+        self.attentions = nn.ModuleList(make_attention(out, layers=depths[j])
+                                        for j in range(layers) if attends)
         self.resnets = nn.ModuleList(make_resnet(width, out) for width in widths_in)
-        self.upsamplers = nn.ModuleList([Upsample2D(out)] if double else [])
+        self.upsamplers = nn.ModuleList([Upsample2D(out)] if upsample else [])
 
     def forward(self, h: Tensor, skips: list[Tensor], temb: Tensor, text: tuple) -> Tensor:
+        """h [B, C, H, W] -> the next level's map; takes its skips off the end of `skips`, in place."""
         for resnet, attention in self.pairs():
             h = torch.cat([h, skips.pop()], dim=1)                          # [B, C + C_skip, H, W]
             h = self.run(resnet, h, temb)
@@ -124,8 +135,10 @@ class UpBlock(Block):
 class UNet2DConditionModel(ModelFolder, nn.Module):
     """Predicts the noise (or v, or x0) in a noisy picture, given the time and a text.
 
-    Built from a UNet2DConditionConfig or from its fields: `UNet2DConditionModel(block_out_channels=(32, 64), ...)`.
-    Keys, shapes and their order in the state dict are diffusers'. Raises ConfigError for what it cannot honour.
+    Built from a UNet2DConditionConfig or from its fields: `UNet2DConditionModel(block_out_channels=(32,
+    64), ...)`.
+    Keys, shapes and their order in the state dict are diffusers'.
+    Raises ConfigError for what it cannot honour.
     """
 
     config_class = UNet2DConditionConfig
@@ -143,8 +156,10 @@ class UNet2DConditionModel(ModelFolder, nn.Module):
         self.class_embedding = self._class_embedding(E)
         if c.addition_embed_type == "text_time":
             self.add_time_proj = Timesteps(c.addition_time_embed_dim, c.flip_sin_to_cos, c.freq_shift)
-            self.add_embedding = TimestepEmbedding(c.projection_class_embeddings_input_dim, E)   # silu, whatever act_fn
-        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()     # up before mid: upstream's order
+            # silu, whatever act_fn
+            self.add_embedding = TimestepEmbedding(c.projection_class_embeddings_input_dim, E)
+        # up before mid: upstream's order
+        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         self._build_levels(temb_channels=2 * E if c.class_embeddings_concat else E)
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, top, c.norm_eps)
         self.conv_out = nn.Conv2d(top, c.out_channels, 3, padding=1)
@@ -162,11 +177,12 @@ class UNet2DConditionModel(ModelFolder, nn.Module):
         return nn.Identity()
 
     def _build_levels(self, temb_channels: int) -> None:
-        """The constructor mirrors the forward pass: `stack` holds the channel counts that `skips` will hold."""
+        """The constructor mirrors the forward pass: `stack` holds the channel counts that `skips` will
+        hold."""
         c, last = self.config, len(self.config.block_out_channels) - 1
         channels, layers, depths = c.block_out_channels, c.per_level("layers_per_block"), self._depths()
-        make_resnet = partial(ResnetBlock2D, temb_channels=temb_channels, groups=c.norm_num_groups, eps=c.norm_eps,
-                              act_fn=c.act_fn, dropout=c.dropout)
+        make_resnet = partial(ResnetBlock2D, temb_channels=temb_channels, groups=c.norm_num_groups,
+                              eps=c.norm_eps, act_fn=c.act_fn, dropout=c.dropout)
         stack = [channels[0]]                                                   # conv_in's map
         for i, name in enumerate(c.down_block_types):
             widths = [channels[max(i - 1, 0)], channels[i]]
@@ -185,7 +201,8 @@ class UNet2DConditionModel(ModelFolder, nn.Module):
             widths_in = [(below if j == 0 else channels[i]) + stack.pop() for j in range(layers[i] + 1)]
             attention = self._attention(i) if UP_ATTENDS[name] else None
             up_depths = self._depths(up=True)[i]
-            self.up_blocks.append(UpBlock(widths_in, channels[i], make_resnet, attention, up_depths, double=i > 0))
+            self.up_blocks.append(UpBlock(widths_in, channels[i], make_resnet, attention, up_depths,
+                                          upsample=i > 0))
             below = channels[i]
         assert not stack
 
@@ -197,7 +214,8 @@ class UNet2DConditionModel(ModelFolder, nn.Module):
                        only_cross_attention=not mid and c.per_level("only_cross_attention")[level])
 
     def _depths(self, up: bool = False) -> list[list[int]]:
-        """Transformer layers after each resnet of each level, the levels counted from the top on both ways."""
+        """Transformer layers after each resnet of each level,
+        the levels counted from the top on both ways."""
         c = self.config
         depths = c.per_level("transformer_layers_per_block")
         if up and c.reverse_transformer_layers_per_block is not None:
@@ -205,7 +223,8 @@ class UNet2DConditionModel(ModelFolder, nn.Module):
         counts = [n + up for n in c.per_level("layers_per_block")]
         return [list(d) if isinstance(d, tuple) else [d] * n for d, n in zip(depths, counts, strict=True)]
 
-    def forward(self, sample: Tensor, timestep: Tensor | float | int, encoder_hidden_states: Tensor | None = None,
+    def forward(self, sample: Tensor, timestep: Tensor | float | int,
+                encoder_hidden_states: Tensor | None = None,
                 class_labels: Tensor | None = None, timestep_cond: Tensor | None = None,
                 attention_mask: Tensor | None = None, cross_attention_kwargs: dict[str, Any] | None = None,
                 added_cond_kwargs: dict[str, Tensor] | None = None,
@@ -219,8 +238,8 @@ class UNet2DConditionModel(ModelFolder, nn.Module):
         sample [B, in_channels, H, W] of any H and W; timestep a number, [1] or [B];
         encoder_hidden_states [B, S, D], which only a model without cross-attention may leave out;
         attention_mask [B, H*W] and encoder_attention_mask [B, S], 1 = look, 0 = do not. The residuals are a
-        ControlNet's (down_block_..., mid_block_...) or a T2I-Adapter's (down_intrablock_...), never changed in place.
-        added_cond_kwargs holds SDXL's text_embeds [B, P] and time_ids [B, 6].
+        ControlNet's (down_block_..., mid_block_...) or a T2I-Adapter's (down_intrablock_...),
+        never changed in place. added_cond_kwargs holds SDXL's text_embeds [B, P] and time_ids [B, 6].
         Returns `.sample` [B, out_channels, H, W]. Raises ValueError for inputs that do not fit the config.
         """
         self._check(sample, encoder_hidden_states, cross_attention_kwargs)
@@ -230,7 +249,8 @@ class UNet2DConditionModel(ModelFolder, nn.Module):
             adapter, control = control, []
         x = 2 * sample - 1 if self.config.center_input_sample else sample
         temb = self.embed_time(x, timestep, timestep_cond, class_labels, added_cond_kwargs)     # [B, E]
-        text = (self.embed_text(encoder_hidden_states), bias(attention_mask, x), bias(encoder_attention_mask, x))
+        text = (self.embed_text(encoder_hidden_states), bias(attention_mask, x),
+                bias(encoder_attention_mask, x))
 
         h = self.conv_in(x)                                                 # [B, C0, H, W]
         skips = [h]
@@ -257,7 +277,7 @@ class UNet2DConditionModel(ModelFolder, nn.Module):
 
     def embed_time(self, x: Tensor, timestep: Tensor | float | int, timestep_cond: Tensor | None,
                    class_labels: Tensor | None, added: dict[str, Tensor] | None) -> Tensor:
-        """Everything that speaks to all resnets at once: time, LCM's guidance, class, SDXL's sizes -> [B, E]."""
+        """The embedding that all resnets add: time, LCM's guidance, class, SDXL's sizes -> [B, E]."""
         c = self.config
         t = torch.as_tensor(timestep, device=x.device).reshape(-1)
         if len(t) not in (1, len(x)):
@@ -276,14 +296,17 @@ class UNet2DConditionModel(ModelFolder, nn.Module):
         return temb
 
     def embed_sizes(self, added: dict[str, Tensor], x: Tensor) -> Tensor:
-        """SDXL: the pooled text beside six sinusoid-embedded numbers (original size, crop corner, target size)."""
+        """SDXL: the pooled text beside six sinusoid-embedded numbers (original size, crop corner,
+        target size)."""
         for name in ("text_embeds", "time_ids"):
             if name not in added:
-                raise ValueError(f"added_cond_kwargs lacks {name!r}: addition_embed_type = 'text_time' needs it")
+                raise ValueError(f"added_cond_kwargs lacks {name!r}: addition_embed_type = 'text_time' needs "
+                                 "it")
         sizes = self.add_time_proj(added["time_ids"].flatten()).reshape(len(x), -1)
         return self.add_embedding(torch.cat([added["text_embeds"], sizes], dim=-1).to(x.dtype))
 
     def embed_text(self, text: Tensor | None) -> Tensor | None:
+        """[B, S, encoder_hid_dim] -> [B, S, D]; without an encoder_hid_dim the text goes through as it is."""
         return text if self.config.encoder_hid_dim is None or text is None else self.encoder_hid_proj(text)
 
     def _check(self, sample: Tensor, text: Tensor | None, kwargs: dict[str, Any] | None) -> None:
@@ -296,22 +319,28 @@ class UNet2DConditionModel(ModelFolder, nn.Module):
             raise ValueError("encoder_hidden_states are missing: this model attends to a text "
                              f"[{len(sample)}, tokens, {D}]")
         if text is not None and (text.ndim != 3 or len(text) != len(sample)):
-            raise ValueError(f"encoder_hidden_states is {list(text.shape)}, not [{len(sample)}, tokens, width]")
+            raise ValueError(f"encoder_hidden_states is {list(text.shape)}, not [{len(sample)}, tokens, "
+                             "width]")
         if text is not None and text.shape[-1] not in widths:
-            raise ValueError(f"encoder_hidden_states are {text.shape[-1]} wide, this model takes {sorted(widths)}")
+            raise ValueError(f"encoder_hidden_states are {text.shape[-1]} wide, this model takes "
+                             f"{sorted(widths)}")
         if kwargs and kwargs != {"scale": 1.0}:
-            raise ValueError(f"cross_attention_kwargs = {kwargs} is not supported: attention takes no options here")
+            raise ValueError(f"cross_attention_kwargs = {kwargs} is not supported: attention takes no "
+                             "options here")
 
     def enable_gradient_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory in training: keep a block's inputs only, recompute the rest in the backward pass."""
+        """Trade time for memory in training: keep a block's inputs only,
+        recompute the rest in the backward pass."""
         for block in [*self.down_blocks, *self.up_blocks, *filter(None, [getattr(self, "mid_block", None)])]:
             block.gradient_checkpointing = enable
 
     def disable_gradient_checkpointing(self) -> None:
+        """Keeps all activations again."""
         self.enable_gradient_checkpointing(False)
 
     @property
     def is_gradient_checkpointing(self) -> bool:
+        """Whether the blocks recompute their activations in the backward pass."""
         return self.down_blocks[0].gradient_checkpointing
 
 

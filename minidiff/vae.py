@@ -1,9 +1,12 @@
 """AutoencoderKL: pictures to latents of an eighth of their size, and back.
 
-Read after resnet.py and attention.py. Papers: Rombach 2022, section 3.1; Kingma 2013 (the Gaussian and its KL).
-Mirrors: diffusers' autoencoders/autoencoder_kl.py, vae.py. Its parts share the UNet's resnets; every GroupNorm
-here has eps 1e-6, and the encoder halves with padding below and to the right only.
-Shapes: B batch, C channels, H W picture height and width, T = h*w positions, L latent channels, f = 2^(levels-1).
+Read after resnet.py and attention.py. Papers: Rombach 2022, section 3.1;
+Kingma 2013 (the Gaussian and its KL).
+Mirrors: diffusers' autoencoders/autoencoder_kl.py, vae.py.
+Its parts share the UNet's resnets; every GroupNorm here has eps 1e-6,
+and the encoder halves with padding below and to the right only.
+Shapes: B batch, C channels, H W picture height and width, T = h*w positions, L latent channels,
+f = 2^(levels-1).
 """
 
 from __future__ import annotations
@@ -31,17 +34,21 @@ LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn"
 
 @dataclass(frozen=True)
 class AutoencoderKLConfig(Config):
+    """Fields and defaults of diffusers' AutoencoderKL. Stable Diffusion's VAE has four levels."""
+
     in_channels: int = 3
     out_channels: int = 3
     down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
     up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
     block_out_channels: tuple[int, ...] = (64,)
     layers_per_block: int = 1                   # resnets a level on the way down; one more on the way up
-    act_fn: Literal["silu", "swish", "mish", "gelu", "relu"] = "silu"  # in the resnets; the last one is always SiLU
+    # in the resnets; the last one is always SiLU
+    act_fn: Literal["silu", "swish", "mish", "gelu", "relu"] = "silu"
     latent_channels: int = 4
     norm_num_groups: int = 32
     sample_size: int | tuple[int, ...] = 32     # the tile of tiling, in picture pixels
-    scaling_factor: int | float = 0.18215       # the pipeline multiplies latents by it, and divides before decoding
+    # the pipeline multiplies latents by it, and divides before decoding
+    scaling_factor: int | float = 0.18215
     shift_factor: int | float | None = None     # subtracted before the scaling (16-channel VAEs)
     latents_mean: tuple[float, ...] | None = None  # per channel, instead of the shift (Playground v2.5)
     latents_std: tuple[float, ...] | None = None
@@ -52,30 +59,38 @@ class AutoencoderKLConfig(Config):
 
     def __post_init__(self) -> None:
         levels = len(self.block_out_channels)
-        for name, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        for name, known in (("down_block_types", "DownEncoderBlock2D"),
+                            ("up_block_types", "UpDecoderBlock2D")):
             types = getattr(self, name)
             if len(types) != levels or set(types) != {known}:
-                raise ConfigError(f"{name} = {types} must be {levels} times {known!r}, one for each block_out_channels")
+                raise ConfigError(f"{name} = {types} must be {levels} times {known!r}, one for each "
+                                  "block_out_channels")
         for name in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)} must be at least 1")
         for channels in self.block_out_channels:
             if channels < 1 or channels % self.norm_num_groups != 0:
-                raise ConfigError(f"norm_num_groups = {self.norm_num_groups} does not divide {channels} channels")
+                raise ConfigError(f"norm_num_groups = {self.norm_num_groups} does not divide {channels} "
+                                  "channels")
 
 
 @dataclass
 class AutoencoderKLOutput(ModelOutput):
+    """What `encode` returns."""
+
     latent_dist: DiagonalGaussianDistribution
 
 
 @dataclass
 class DecoderOutput(ModelOutput):
+    """What `decode` returns."""
+
     sample: Tensor  # [B, C, H, W], about -1 to 1
 
 
 class DiagonalGaussianDistribution:
-    """The encoder's answer: an independent Gaussian for every latent. parameters [B, 2L, h, w]: means, log variances."""
+    """The encoder's answer: an independent Gaussian for every latent.
+    parameters [B, 2L, h, w]: means, log variances."""
 
     def __init__(self, parameters: Tensor):
         self.parameters = parameters
@@ -85,11 +100,13 @@ class DiagonalGaussianDistribution:
         self.var = torch.exp(self.logvar)
 
     def sample(self, generator: Generators = None) -> Tensor:
-        """mean + std * noise (Kingma 2013, the reparameterisation), [B, L, h, w]. Not yet scaled by scaling_factor."""
+        """mean + std * noise (Kingma 2013, the reparameterisation), [B, L, h, w].
+        Not yet scaled by scaling_factor."""
         noise = randn(self.mean.shape, generator, self.mean.device, self.mean.dtype)
         return self.mean + self.std * noise
 
     def mode(self) -> Tensor:
+        """The mean [B, L, h, w]: the latent without noise, not yet scaled by scaling_factor."""
         return self.mean
 
     def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
@@ -118,6 +135,7 @@ class SpatialAttention(nn.Module):
             self.add_module(name, part)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C, h, w]."""
         h = self.group_norm(x.flatten(2)).transpose(1, 2)                   # [B, T, C]
         q, k, v = (project(h)[:, None] for project in (self.to_q, self.to_k, self.to_v))  # [B, 1, T, C]
         h = F.scaled_dot_product_attention(q, k, v)[:, 0]                   # [B, T, C]
@@ -133,6 +151,7 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(make_resnet(channels, channels) for _ in range(2))
 
     def forward(self, h: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C, h, w]."""
         h = self.resnets[0](h)
         for attention in self.attentions:
             h = attention(h)
@@ -142,12 +161,13 @@ class MidBlock(nn.Module):
 class DownEncoderBlock(nn.Module):
     """Resnets, then half the size unless it is the last level."""
 
-    def __init__(self, widths: list[int], make_resnet: partial, halve: bool):
+    def __init__(self, widths: list[int], make_resnet: partial, downsample: bool):
         super().__init__()
         self.resnets = nn.ModuleList(make_resnet(a, b) for a, b in zip(widths, widths[1:]))
-        self.downsamplers = nn.ModuleList(Downsample2D(widths[-1], padding=0) for _ in range(halve))
+        self.downsamplers = nn.ModuleList(Downsample2D(widths[-1], padding=0) for _ in range(downsample))
 
     def forward(self, h: Tensor) -> Tensor:
+        """[B, widths[0], h, w] -> [B, widths[-1], h/2, w/2], or h, w at the last level."""
         for part in [*self.resnets, *self.downsamplers]:
             h = part(h)
         return h
@@ -156,32 +176,35 @@ class DownEncoderBlock(nn.Module):
 class UpDecoderBlock(nn.Module):
     """Resnets, then twice the size unless it is the last level."""
 
-    def __init__(self, widths: list[int], make_resnet: partial, double: bool):
+    def __init__(self, widths: list[int], make_resnet: partial, upsample: bool):
         super().__init__()
         self.resnets = nn.ModuleList(make_resnet(a, b) for a, b in zip(widths, widths[1:]))
-        self.upsamplers = nn.ModuleList(Upsample2D(widths[-1]) for _ in range(double))
+        self.upsamplers = nn.ModuleList(Upsample2D(widths[-1]) for _ in range(upsample))
 
     def forward(self, h: Tensor) -> Tensor:
+        """[B, widths[0], h, w] -> [B, widths[-1], 2h, 2w], or h, w at the last level."""
         for part in [*self.resnets, *self.upsamplers]:
             h = part(h)
         return h
 
 
-class Half(nn.Module):
+class CoderBase(nn.Module):
     """What encoder and decoder share: the norm and convolution at the end, and recomputation in training."""
 
     gradient_checkpointing = False
 
     def run(self, part: nn.Module, h: Tensor) -> Tensor:
+        """part(h), recomputing its activations in the backward pass if asked to."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(part, h, use_reentrant=False)
         return part(h)
 
     def finish(self, h: Tensor) -> Tensor:
+        """Norm, SiLU and the last convolution; height and width are kept."""
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
 
-class Encoder(Half):
+class Encoder(CoderBase):
     """[B, C, H, W] -> [B, 2L, H/f, W/f], the sizes rounded down."""
 
     def __init__(self, c: AutoencoderKLConfig, make_resnet: partial):
@@ -191,19 +214,20 @@ class Encoder(Half):
         self.down_blocks = nn.ModuleList()
         for i, out in enumerate(widths):
             levels = [widths[max(i - 1, 0)]] + [out] * c.layers_per_block
-            self.down_blocks.append(DownEncoderBlock(levels, make_resnet, halve=i < len(widths) - 1))
+            self.down_blocks.append(DownEncoderBlock(levels, make_resnet, downsample=i < len(widths) - 1))
         self.mid_block = MidBlock(widths[-1], make_resnet, groups, c.mid_block_add_attention)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * c.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, 2L, H/f, W/f], before quant_conv."""
         h = self.conv_in(x)                                                 # [B, C0, H, W]
         for block in [*self.down_blocks, self.mid_block]:
             h = self.run(block, h)                                          # last: [B, Cn, H/f, W/f]
         return self.finish(h)
 
 
-class Decoder(Half):
+class Decoder(CoderBase):
     """[B, L, h, w] -> [B, C, h*f, w*f]."""
 
     def __init__(self, c: AutoencoderKLConfig, make_resnet: partial):
@@ -213,12 +237,13 @@ class Decoder(Half):
         self.up_blocks = nn.ModuleList()  # before mid_block, as upstream's keys
         for i, out in enumerate(widths):
             levels = [widths[max(i - 1, 0)]] + [out] * (c.layers_per_block + 1)
-            self.up_blocks.append(UpDecoderBlock(levels, make_resnet, double=i < len(widths) - 1))
+            self.up_blocks.append(UpDecoderBlock(levels, make_resnet, upsample=i < len(widths) - 1))
         self.mid_block = MidBlock(widths[0], make_resnet, groups, c.mid_block_add_attention)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], c.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
+        """[B, L, h, w], after post_quant_conv -> [B, C, h*f, w*f]."""
         h = self.conv_in(z)                                                 # [B, Cn, h, w]
         for block in [self.mid_block, *self.up_blocks]:
             h = self.run(block, h)                                          # last: [B, C0, h*f, w*f]
@@ -228,8 +253,9 @@ class Decoder(Half):
 class AutoencoderKL(ModelFolder, nn.Module):
     """The variational autoencoder of Stable Diffusion, with diffusers' keys and their order.
 
-    Built from an AutoencoderKLConfig or from its fields. `encode` and `decode` do not scale: multiply latents by
-    `config.scaling_factor` before the UNet and divide before decoding. Raises ConfigError.
+    Built from an AutoencoderKLConfig or from its fields.
+    `encode` and `decode` do not scale: multiply latents by `config.scaling_factor` before the UNet and divide
+    before decoding. Raises ConfigError.
     """
 
     config_class = AutoencoderKLConfig
@@ -250,7 +276,8 @@ class AutoencoderKL(ModelFolder, nn.Module):
         self.tile_latent_min_size = self.tile_sample_min_size // 2 ** (len(c.block_out_channels) - 1)
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
-        """Pictures [B, C, H, W] in -1 to 1 -> `.latent_dist`, a Gaussian over [B, L, H/f, W/f] (rounded down)."""
+        """Pictures [B, C, H, W] in -1 to 1 -> `.latent_dist`, a Gaussian over [B, L, H/f,
+        W/f] (rounded down)."""
         self._check("picture", x, self.config.in_channels)
         posterior = DiagonalGaussianDistribution(self._sliced(self._encode, x))
         return AutoencoderKLOutput(posterior) if return_dict else (posterior,)
@@ -295,7 +322,8 @@ class AutoencoderKL(ModelFolder, nn.Module):
         return torch.cat([run(one) for one in x.split(1)]) if self.use_slicing else run(x)
 
     def _tiled(self, run: Callable[[Tensor], Tensor], x: Tensor, size_in: int, size_out: int) -> Tensor:
-        """Runs overlapping tiles one by one and blends their seams, so that memory does not grow with the picture.
+        """Runs overlapping tiles one by one and blends their seams,
+        so that memory does not grow with the picture.
 
         Not the same picture as without tiles: each tile normalises and attends within itself.
         """
@@ -325,6 +353,7 @@ class AutoencoderKL(ModelFolder, nn.Module):
         self.use_slicing = use_slicing
 
     def disable_slicing(self) -> None:
+        """The whole batch at once again."""
         self.enable_slicing(False)
 
     def enable_tiling(self, use_tiling: bool = True) -> None:
@@ -332,6 +361,7 @@ class AutoencoderKL(ModelFolder, nn.Module):
         self.use_tiling = use_tiling
 
     def disable_tiling(self) -> None:
+        """Pictures of any size in one piece again."""
         self.enable_tiling(False)
 
     def enable_gradient_checkpointing(self, enable: bool = True) -> None:
@@ -339,10 +369,12 @@ class AutoencoderKL(ModelFolder, nn.Module):
         self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = enable
 
     def disable_gradient_checkpointing(self) -> None:
+        """Keeps all activations again."""
         self.enable_gradient_checkpointing(False)
 
     @property
     def is_gradient_checkpointing(self) -> bool:
+        """Whether the blocks recompute their activations in the backward pass."""
         return self.encoder.gradient_checkpointing
 
     def convert_keys(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -365,4 +397,5 @@ def blend(before: Tensor, tile: Tensor, seam: int, dim: int) -> Tensor:
 def _modern(name: str) -> str:
     head, _, last = name.rpartition(".")
     stem, _, part = head.rpartition(".")
-    return f"{stem}.{LEGACY_ATTENTION[part]}.{last}" if ".attentions." in name and part in LEGACY_ATTENTION else name
+    return (f"{stem}.{LEGACY_ATTENTION[part]}.{last}" if ".attentions." in name and part in LEGACY_ATTENTION
+            else name)

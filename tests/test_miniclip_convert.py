@@ -15,7 +15,8 @@ from miniclip.weights import WeightsError, save_file
 
 TEXT = dict(hidden_size=64, num_attention_heads=1, num_hidden_layers=2, intermediate_size=96, vocab_size=50,
             max_position_embeddings=9, eos_token_id=49, bos_token_id=48, projection_dim=16)  # fmt: skip
-VISION = dict(hidden_size=128, num_attention_heads=2, num_hidden_layers=1, intermediate_size=80, image_size=16,
+VISION = dict(hidden_size=128, num_attention_heads=2, num_hidden_layers=1, intermediate_size=80,
+              image_size=16,
               patch_size=8, projection_dim=16)  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated; only the test writes with it
 IDS = torch.tensor([[48, 3, 49, 0], [48, 4, 5, 49]])
@@ -61,7 +62,8 @@ def check(model, reference):
 def test_keys_there_and_back():
     state = tiny().state_dict()
     there = convert.to_openai(state)
-    assert "visual.transformer.resblocks.0.attn.in_proj_weight" in there and there["visual.proj"].shape == (128, 16)
+    assert "visual.transformer.resblocks.0.attn.in_proj_weight" in there
+    assert there["visual.proj"].shape == (128, 16)
     assert there["text_projection"].shape == (64, 16) and "transformer.resblocks.1.mlp.c_fc.bias" in there
     back = convert.from_openai(there)
     assert set(back) == set(state) and all(torch.equal(back[k], state[k]) for k in state)
@@ -84,7 +86,8 @@ def test_archive_of_openai(tmp_path):
 def test_files_need_a_name(tmp_path, monkeypatch):
     model = tiny()
     save_file(convert.to_openai(model.state_dict()), tmp_path / "m.safetensors")
-    with pytest.raises(WeightsError, match="m.safetensors: head count and activation are not in the file.*ViT-H-14"):
+    with pytest.raises(WeightsError, match="m.safetensors: head count and activation are not in the "
+                                           "file.*ViT-H-14"):
         convert.load(tmp_path / "m.safetensors")
     with pytest.raises(WeightsError, match="name 'ViT-Z' is not one of"):
         convert.load(tmp_path / "m.safetensors", "ViT-Z")
@@ -122,7 +125,8 @@ def test_resnet_archive(tmp_path):
 
 def test_unknown_family_says_what_was_looked_for(tmp_path):
     save_file({"encoder.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
-    with pytest.raises(WeightsError, match="family not known; looked for visual.class_embedding .*begin encoder"):
+    with pytest.raises(WeightsError, match="family not known; looked for visual.class_embedding .*begin "
+                                           "encoder"):
         convert.load(tmp_path / "x.safetensors")
     with pytest.raises(WeightsError, match="no such file"):
         convert.load(tmp_path / "missing.pt")

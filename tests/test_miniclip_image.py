@@ -47,7 +47,8 @@ def test_shapes_and_numbers():
     processor = CLIPImageProcessor(size=16, crop_size=12)
     out = processor(noise(3, 30, 50))
     assert out.pixel_values.shape == (1, 3, 12, 12) and out.pixel_values.dtype == torch.float32
-    assert processor([noise(3, 30, 50), noise(1, 20, 20), noise(19, 40)])["pixel_values"].shape == (3, 3, 12, 12)
+    pictures = [noise(3, 30, 50), noise(1, 20, 20), noise(19, 40)]
+    assert processor(pictures)["pixel_values"].shape == (3, 3, 12, 12)
     assert processor(noise(2, 3, 20, 20)).pixel_values.shape == (2, 3, 12, 12)
     assert [p.shape for p in processor([noise(3, 9, 9)], return_tensors=None).pixel_values] == [(3, 12, 12)]
     gray = torch.full((3, 20, 20), 128, dtype=torch.uint8)
@@ -59,7 +60,8 @@ def test_shapes_and_numbers():
 
 
 def test_alpha():
-    x = torch.cat([torch.zeros(3, 2, 2, dtype=torch.uint8), torch.tensor([[[0, 255], [128, 128]]], dtype=torch.uint8)])
+    x = torch.cat([torch.zeros(3, 2, 2, dtype=torch.uint8),
+                   torch.tensor([[[0, 255], [128, 128]]], dtype=torch.uint8)])
     assert tensor_to_rgb(x, "white")[0].tolist() == [[255, 0], [127, 127]]
     assert tensor_to_rgb(x, "drop")[0].tolist() == [[0, 0], [0, 0]]
 
@@ -70,7 +72,8 @@ def test_files(tmp_path):
     assert CLIPImageProcessor.from_pretrained(tmp_path) == processor
     old = {"crop_size": 224, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3,
            "size": 224,
-           "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.48145466, 0.4578275, 0.40821073],
+           "feature_extractor_type": "CLIPFeatureExtractor",
+           "image_mean": [0.48145466, 0.4578275, 0.40821073],
            "image_std": [0.26862954, 0.26130258, 0.27577711]}  # fmt: skip
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(old))
     assert CLIPImageProcessor.from_pretrained(tmp_path) == CLIPImageProcessor()

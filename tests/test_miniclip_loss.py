@@ -10,16 +10,14 @@ from torch import nn
 from miniclip import CLIPConfig, CLIPModel
 from miniclip.loss import (
     cached_backward,
-    chance,
     clamp_temperature,
     contrastive_loss,
     floor,
-    ranks,
-    recall,
     same_captions,
     siglip_loss,
 )
 from miniclip.model import clip_loss, normalize
+from miniclip.retrieval import chance, ranks, recall
 
 torch.set_num_threads(1)
 
@@ -40,7 +38,8 @@ def test_duplicates_are_not_wrong_answers():
     perfect = torch.tensor([[50.0, 0, 50], [0, 50, 0], [50, 0, 50]], requires_grad=True)
     loss = contrastive_loss(perfect, labels)
     loss.backward()
-    assert abs(loss.item() - floor(labels, 3)) < 1e-5 and floor(labels, 3) == pytest.approx(2 / 3 * math.log(2))
+    assert abs(loss.item() - floor(labels, 3)) < 1e-5 and floor(labels,
+                                                                3) == pytest.approx(2 / 3 * math.log(2))
     assert perfect.grad.abs().max() < 1e-6
     blind = torch.autograd.grad(clip_loss(perfect), perfect)[0]
     assert blind.abs().max() > 0.1
@@ -67,9 +66,11 @@ def test_clamp():
 
 def tiny():
     torch.manual_seed(0)
-    text = dict(hidden_size=16, num_attention_heads=2, num_hidden_layers=2, intermediate_size=32, vocab_size=40,
+    text = dict(hidden_size=16, num_attention_heads=2, num_hidden_layers=2, intermediate_size=32,
+                vocab_size=40,
                 max_position_embeddings=8, eos_token_id=39, attention_dropout=0.3)  # fmt: skip
-    vision = dict(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, intermediate_size=32, image_size=8,
+    vision = dict(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, intermediate_size=32,
+                  image_size=8,
                   patch_size=4)  # fmt: skip
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).double()
 
@@ -77,7 +78,8 @@ def tiny():
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
 @pytest.mark.parametrize("training", [False, True])
 def test_gradient_cache_equals_the_big_batch(chunk, training):
-    """Same loss, same gradients, the temperature's too. With dropout, against the same masks drawn in chunks."""
+    """Same loss, same gradients, the temperature's too.
+    With dropout, against the same masks drawn in chunks."""
     model = tiny().train(training)
     ids = torch.randint(0, 39, (7, 5), generator=torch.Generator().manual_seed(1))
     pixels = torch.randn(7, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))

@@ -76,7 +76,8 @@ def test_fused_attention_is_the_one_written_out(causal, masked):
     assert torch.allclose(plain, fused, rtol=0, atol=1e-13)
     assert torch.allclose(weights.sum(-1), torch.ones(2, 3, 7, dtype=torch.float64))
     assert (weights.triu(1).abs().max() == 0) == (causal or masked)
-    for a, b in zip(*(torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (plain, fused)), strict=True):
+    for a, b in zip(*(torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (plain, fused)),
+                    strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
 
 
@@ -92,7 +93,8 @@ def test_output_reads_three_ways():
     out = model(input_ids=torch.tensor(make.IDS), pixel_values=make.pixels().float())
     assert out[0] is out.logits_per_image is out["logits_per_image"]
     assert out.loss is None and "loss" not in out and len(out) == len(out.to_tuple()) == 6
-    assert list(out) == ["logits_per_image", "logits_per_text", "text_embeds", "image_embeds", "text_model_output",
+    assert list(out) == ["logits_per_image", "logits_per_text", "text_embeds", "image_embeds",
+                         "text_model_output",
                          "vision_model_output"]  # fmt: skip
     with pytest.raises(KeyError):
         out["loss"]
@@ -137,7 +139,8 @@ def test_pooling_rules():
 
 
 def test_causal_and_padding():
-    """What follows a token changes nothing before it; padding on the right changes nothing up to the end token."""
+    """What follows a token changes nothing before it;
+    padding on the right changes nothing up to the end token."""
     model = tiny()
     ids = torch.tensor([[48, 5, 9, 49, 0, 0]])
     a = model.text_model(ids)
@@ -244,12 +247,15 @@ def test_configs_of_real_files():
     """Old files carry every setting of text generation, and both spellings of a tower."""
     values = {
         "_commit_hash": None, "architectures": ["CLIPModel"], "initializer_factor": 1.0, "model_type": "clip",
-        "logit_scale_init_value": 2.6592, "projection_dim": 768, "torch_dtype": "float32", "transformers_version": None,
+        "logit_scale_init_value": 2.6592, "projection_dim": 768, "torch_dtype": "float32",
+        "transformers_version": None,
         "text_config": {"add_cross_attention": False, "bos_token_id": 0, "eos_token_id": 2, "dropout": 0.0,
-                        "diversity_penalty": 0.0, "id2label": {"0": "LABEL_0"}, "pruned_heads": {}, "hidden_size": 768,
+                        "diversity_penalty": 0.0, "id2label": {"0": "LABEL_0"}, "pruned_heads": {},
+                        "hidden_size": 768,
                         "num_attention_heads": 12, "model_type": "clip_text_model", "use_bfloat16": False},
         "text_config_dict": {"hidden_size": 768, "num_attention_heads": 12, "projection_dim": 768},
-        "vision_config": {"hidden_size": 1024, "num_attention_heads": 16, "dropout": 0.0, "pad_token_id": None},
+        "vision_config": {"hidden_size": 1024, "num_attention_heads": 16, "dropout": 0.0,
+                          "pad_token_id": None},
         "vision_config_dict": None,
     }  # fmt: skip
     config = CLIPConfig.from_dict(values)
@@ -272,5 +278,6 @@ def test_import_needs_torch_alone():
         "print(sorted(names - set(sys.stdlib_module_names) - {'miniclip', 'torch'}))"
     )
     root = os.path.dirname(os.path.dirname(os.path.abspath(miniclip.__file__)))
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True).stdout
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root,
+                           check=True).stdout
     assert found.strip() == "[]"

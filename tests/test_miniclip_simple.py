@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from miniclip import CLIPTextConfig, CLIPTokenizer, ConfigError
-from miniclip.loss import contrastive_loss, recall
+from miniclip.loss import contrastive_loss
 from miniclip.model import normalize
+from miniclip.retrieval import recall
 from miniclip.simple import ProjectionHead, SimpleCLIPConfig, SimpleCLIPModel
 
 HERBS = ["人蔘", "韓國人蔘", "枸杞", "銀川枸杞"]
@@ -44,13 +45,15 @@ def test_the_four_gates():
     assert losses[-1] < 0.1 < losses[0]
     model.eval()
     with torch.no_grad():
-        scores = model.encode_text(batch["input_ids"], batch["attention_mask"]) @ model.encode_image(batch["image"]).T
+        scores = model.encode_text(batch["input_ids"],
+                                   batch["attention_mask"]) @ model.encode_image(batch["image"]).T
     pairs = torch.eye(4, dtype=torch.bool)
     assert recall(scores, pairs) == recall(scores.T, pairs) == 1.0
 
 
 def tutorials_loss(images, texts):
-    """The loss of the tutorial: no normalisation, targets that the model makes itself, and may agree with itself on."""
+    """The loss of the tutorial: no normalisation, targets that the model makes itself,
+    and may agree with itself on."""
     logits = texts @ images.T
     wanted = ((images @ images.T + texts @ texts.T) / 2).softmax(dim=-1)
     by_text = -(wanted * logits.log_softmax(dim=-1)).sum(1)
@@ -59,7 +62,8 @@ def tutorials_loss(images, texts):
 
 
 def test_the_tutorials_loss_falls_without_learning():
-    """Heads on fixed random features of 4 pairs: its loss ends near ln 4 and R@1 at chance, ours at 0 and 1."""
+    """Heads on fixed random features of 4 pairs: its loss ends near ln 4 and R@1 at chance,
+    ours at 0 and 1."""
     results = {}
     for ours in (False, True):
         scores = []
@@ -68,7 +72,8 @@ def test_the_tutorials_loss_falls_without_learning():
             pictures = torch.randn(4, 64) * 0.05 + torch.randn(64)
             captions = torch.randn(4, 32) * 0.05 + torch.randn(32)
             heads = ProjectionHead(64, 32, 0.1), ProjectionHead(32, 32, 0.1)
-            optimizer = torch.optim.AdamW([p for h in heads for p in h.parameters()], lr=1e-3, weight_decay=1e-3)
+            optimizer = torch.optim.AdamW([p for h in heads for p in h.parameters()], lr=1e-3,
+                                          weight_decay=1e-3)
             for _ in range(150):
                 images, texts = heads[0](pictures), heads[1](captions)
                 if ours:
@@ -80,7 +85,8 @@ def test_the_tutorials_loss_falls_without_learning():
                 optimizer.step()
             with torch.no_grad():
                 images, texts = normalize(heads[0].eval()(pictures)), normalize(heads[1].eval()(captions))
-                likeness = F.cosine_similarity(images[:, None], images[None], dim=-1).fill_diagonal_(0).sum() / 12
+                likeness = F.cosine_similarity(images[:, None], images[None],
+                                               dim=-1).fill_diagonal_(0).sum() / 12
                 found = recall(texts @ images.T, torch.eye(4, dtype=torch.bool))
             scores.append((loss.item(), found, likeness.item()))
         results[ours] = [sum(x) / 3 for x in zip(*scores, strict=True)]
@@ -90,16 +96,19 @@ def test_the_tutorials_loss_falls_without_learning():
 
 
 def test_duplicate_captions_and_given_ids():
-    """Equal captions are found. Ids go before captions: equal ones of different captions are no wrong answers either."""
+    """Equal captions are found. Ids go before captions: equal ones of different captions are no wrong answers
+    either."""
     model, batch = small()
     model.eval()
     twice = {k: torch.cat([v, v]) for k, v in batch.items()}
     twice["image"] = torch.rand(8, 3, 64, 64)
     found, given = model(twice), model({**twice, "id": torch.arange(4).repeat(2)})
     pairs = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1])
-    logits = model.encode_text(twice["input_ids"], twice["attention_mask"]) @ model.encode_image(twice["image"]).T
+    logits = model.encode_text(twice["input_ids"],
+                               twice["attention_mask"]) @ model.encode_image(twice["image"]).T
     wanted = contrastive_loss(logits * model.logit_scale.exp(), pairs)
-    assert torch.equal(found, given)                        # (all ids different would give the same sum: equal logits)
+    # (all ids different would give the same sum: equal logits)
+    assert torch.equal(found, given)
     assert model({**twice, "id": pairs}).item() == pytest.approx(wanted.item(), abs=1e-5)
     assert (wanted - found).abs() > 0.01
 
@@ -114,7 +123,8 @@ def test_folder(tmp_path):
 def test_distilbert_and_default():
     text = dict(vocab_size=30, dim=16, n_layers=1, n_heads=2, hidden_dim=32, max_position_embeddings=8)
     model = SimpleCLIPModel(
-        SimpleCLIPConfig(text_encoder="distilbert", text_config=text, image_layers=(1, 1, 1, 1), image_width=8)
+        SimpleCLIPConfig(text_encoder="distilbert", text_config=text, image_layers=(1, 1, 1, 1),
+                         image_width=8)
     )
     loss = model({"image": torch.rand(2, 3, 32, 32), "input_ids": torch.tensor([[1, 2], [3, 4]])})
     assert loss.isfinite()

@@ -17,7 +17,8 @@ torch.set_num_threads(1)
 
 CROSS, DOWN, UP, CROSS_UP = "CrossAttnDownBlock2D", "DownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"
 SMALL = {
-    "down_block_types": (CROSS, DOWN), "up_block_types": (UP, CROSS_UP), "layers_per_block": 1, "sample_size": 64,
+    "down_block_types": (CROSS, DOWN), "up_block_types": (UP, CROSS_UP), "layers_per_block": 1,
+    "sample_size": 64,
     "block_out_channels": (32, 64), "cross_attention_dim": 64, "attention_head_dim": 8,
 }  # fmt: skip
 LINEAR = {
@@ -26,7 +27,8 @@ LINEAR = {
 }  # fmt: skip
 SDXL = {
     **LINEAR, "cross_attention_dim": 128, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 64 + 6 * 256, "transformer_layers_per_block": (1, 2), "sample_size": 128,
+    "projection_class_embeddings_input_dim": 64 + 6 * 256, "transformer_layers_per_block": (1, 2),
+    "sample_size": 128,
 }  # fmt: skip
 VAE = {
     "block_out_channels": (32, 64), "down_block_types": ("DownEncoderBlock2D",) * 2, "sample_size": 512,
@@ -37,7 +39,8 @@ VAE = {
 def text(layers=2, act="quick_gelu", cls=CLIPTextModel):
     return cls(
         CLIPTextConfig(
-            vocab_size=50, hidden_size=64, intermediate_size=80, num_hidden_layers=layers, num_attention_heads=1,
+            vocab_size=50, hidden_size=64, intermediate_size=80, num_hidden_layers=layers,
+            num_attention_heads=1,
             max_position_embeddings=9, projection_dim=64, hidden_act=act, bos_token_id=48, eos_token_id=49,
         )  # fmt: skip
     )
@@ -54,15 +57,18 @@ def single_file(kind):
     scaling = {"scaling_factor": 0.13025, "sample_size": 1024} if kind == "sdxl" else {}
     vae = AutoencoderKL(**{**VAE, **scaling})
     models = {"unet": unet, "vae": vae}
-    state = {convert.UNET + n: t for n, t in backwards(unet.state_dict(), convert.unet_table(unet.config)).items()}
+    state = {convert.UNET + n: t for n, t in backwards(unet.state_dict(),
+                                                       convert.unet_table(unet.config)).items()}
     for name, tensor in backwards(vae.state_dict(), convert.vae_table(vae.config)).items():
         is_attention = ".attn_1." in name and ".norm." not in name and tensor.ndim == 2
         state["first_stage_model." + name] = tensor[:, :, None, None] if is_attention else tensor
     if kind == "sd2":
         whole = text(3, "gelu")
         models["text_encoder"] = text(2, "gelu")
-        models["text_encoder"].load_state_dict({n: t for n, t in whole.state_dict().items() if ".layers.2." not in n})
-        old = {**to_openai(whole.state_dict()), "text_projection": torch.ones(64, 64), "logit_scale": torch.ones(())}
+        models["text_encoder"].load_state_dict({n: t for n, t in whole.state_dict().items()
+                                                if ".layers.2." not in n})
+        old = {**to_openai(whole.state_dict()), "text_projection": torch.ones(64, 64),
+               "logit_scale": torch.ones(())}
         state |= {"cond_stage_model.model." + n: t for n, t in old.items()}
     else:
         models["text_encoder"] = text()
@@ -73,7 +79,8 @@ def single_file(kind):
         models["text_encoder_2"] = text(3, "gelu", CLIPTextModelWithProjection)
         old = to_openai(models["text_encoder_2"].state_dict())
         state |= {"conditioner.embedders.1.model." + n: t for n, t in old.items()}
-    state |= {"betas": torch.ones(3), "model_ema.decay": torch.ones(()), "model_ema.num_updates": torch.ones(())}
+    state |= {"betas": torch.ones(3), "model_ema.decay": torch.ones(()),
+              "model_ema.num_updates": torch.ones(())}
     return models, {n: t.contiguous() for n, t in state.items()}
 
 
@@ -125,7 +132,8 @@ def test_the_original_names_are_the_original_names():
 
 def test_a_vae_alone(tmp_path):
     models, state = single_file("sd1")
-    bare = {n.removeprefix("first_stage_model."): t for n, t in state.items() if n.startswith("first_stage_model.")}
+    bare = {n.removeprefix("first_stage_model."): t
+            for n, t in state.items() if n.startswith("first_stage_model.")}
     save_file({**bare, "loss.logvar": torch.ones(())}, tmp_path / "vae.safetensors")
     read = convert.load_single_file(tmp_path / "vae.safetensors")
     assert list(read) == ["vae"]
@@ -133,7 +141,8 @@ def test_a_vae_alone(tmp_path):
 
 
 def test_samplers_of_the_releases():
-    for kind, name in (("sd1", "PNDMScheduler"), ("sd2", "DDIMScheduler"), ("sdxl", "EulerDiscreteScheduler")):
+    for kind, name in (("sd1", "PNDMScheduler"), ("sd2", "DDIMScheduler"),
+                       ("sdxl", "EulerDiscreteScheduler")):
         models, _ = single_file(kind)
         chosen, config = convert.scheduler_config(models)
         assert chosen == name and config["beta_end"] == 0.012 and config["steps_offset"] == 1
@@ -150,12 +159,16 @@ def broken(change):
     ("change", "word"),
     [
         (lambda s: s.pop("model.diffusion_model.out.2.bias"), "1 missing: conv_out.bias"),
-        (lambda s: s.update({"model.diffusion_model.extra.weight": torch.ones(1)}), "1 unexpected: extra.weight"),
+        (lambda s: s.update({"model.diffusion_model.extra.weight": torch.ones(1)}),
+         "1 unexpected: extra.weight"),
         (lambda s: s.update({"control_model.x": torch.ones(1)}), "unexpected tensors control_model.x"),
-        (lambda s: s.update({"model.diffusion_model.out.2.bias": torch.ones(5)}), "conv_out.bias [5] for [4]"),
+        (lambda s: s.update({"model.diffusion_model.out.2.bias": torch.ones(5)}),
+         "conv_out.bias [5] for [4]"),
         (lambda s: s.pop("model.diffusion_model.out.2.weight"), "out.2.weight is missing"),
-        (lambda s: s.pop("model.diffusion_model.input_blocks.1.0.in_layers.2.weight"), "input_blocks.1.0.in_layers.2"),
-        (lambda s: s.pop("model.diffusion_model.output_blocks.1.0.in_layers.2.weight"), "output_blocks.1.0.in_layers.2"),
+        (lambda s: s.pop("model.diffusion_model.input_blocks.1.0.in_layers.2.weight"),
+         "input_blocks.1.0.in_layers.2"),
+        (lambda s: s.pop("model.diffusion_model.output_blocks.1.0.in_layers.2.weight"),
+         "output_blocks.1.0.in_layers.2"),
         (lambda s: s.pop("first_stage_model.encoder.conv_in.weight"), "encoder.conv_in.weight is missing"),
         (lambda s: s.clear(), "holds no UNet, VAE or text encoder"),
         (lambda s: [s.clear(), s.update({"lora_unet_down.alpha": torch.ones(1)})], "holds no UNet"),

@@ -10,7 +10,8 @@ from minidiff.config import ConfigError
 from minidiff.schedule import randn
 
 
-@pytest.mark.parametrize("schedule,total", [("linear", 10.05), ("scaled_linear", 7.174287), ("sigmoid", 10.05),
+@pytest.mark.parametrize("schedule,total",
+                         [("linear", 10.05), ("scaled_linear", 7.174287), ("sigmoid", 10.05),
                                             ("squaredcos_cap_v2", 12.441496), ("laplace", 2.396614)])
 def test_sum_of_betas(schedule: str, total: float) -> None:
     assert DDPMScheduler(beta_schedule=schedule).betas.sum().item() == pytest.approx(total, rel=1e-5)
@@ -66,7 +67,8 @@ def test_zero_snr_is_pure_noise_at_the_end() -> None:
 def test_departure_fixed_large_log_is_finite_and_equals_fixed_large() -> None:
     """Upstream takes the square root of a logarithm here and gives NaN."""
     x, output = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)
-    steps = [DDPMScheduler(variance_type=kind).step(output, 500, x, generator=torch.Generator().manual_seed(0))
+    steps = [DDPMScheduler(variance_type=kind).step(output, 500, x,
+                                                    generator=torch.Generator().manual_seed(0))
              for kind in ("fixed_large", "fixed_large_log")]
     assert torch.allclose(steps[0].prev_sample, steps[1].prev_sample, atol=1e-6)
 
@@ -87,7 +89,8 @@ def test_departure_trailing_gives_as_many_timesteps_as_asked() -> None:
 
 @pytest.mark.parametrize("arguments", [{}, {"num_inference_steps": 0}, {"num_inference_steps": 1001},
                                        {"timesteps": []}, {"timesteps": [5, 5]}, {"timesteps": [1, 2]},
-                                       {"timesteps": [1000, 3]}, {"num_inference_steps": 3, "timesteps": [3, 2]}])
+                                       {"timesteps": [1000, 3]},
+                                       {"num_inference_steps": 3, "timesteps": [3, 2]}])
 def test_bad_schedules_are_refused(arguments: dict) -> None:
     with pytest.raises(ValueError):
         DDPMScheduler().set_timesteps(**arguments)
@@ -105,7 +108,8 @@ def test_bad_timesteps_are_refused() -> None:
 
 
 @pytest.mark.parametrize("fields,words", [
-    ({"beta_schedule": "quadratic"}, "beta_schedule = 'quadratic'"), ({"prediction_type": "noise"}, "prediction_type"),
+    ({"beta_schedule": "quadratic"}, "beta_schedule = 'quadratic'"),
+    ({"prediction_type": "noise"}, "prediction_type"),
     ({"num_train_timesteps": 0}, "num_train_timesteps"), ({"trained_betas": [0.1]}, "trained_betas"),
     ({"steps_ofset": 1}, "unknown field 'steps_ofset'"),
 ])

@@ -50,7 +50,8 @@ def make(xl=False, seed=0, **unet):
         parts |= {"text_encoder_2": text(32, CLIPTextModelWithProjection), "tokenizer_2": TOKENIZER}
         unet = {**added, **unet}
     scheduler = DDIMScheduler(**BETAS, clip_sample=False)
-    return StableDiffusionPipeline(unet=UNet2DConditionModel(**{**UNET, **unet}).eval(), scheduler=scheduler, **parts)
+    return StableDiffusionPipeline(unet=UNet2DConditionModel(**{**UNET, **unet}).eval(), scheduler=scheduler,
+                                   **parts)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,8 @@ def pipe():
 
 
 def draw(pipe, prompt="a herb shop", seed=0, **kwargs):
-    kwargs = {"num_inference_steps": 3, "output_type": "pt", "generator": torch.Generator().manual_seed(seed), **kwargs}
+    kwargs = {"num_inference_steps": 3, "output_type": "pt", "generator": torch.Generator().manual_seed(seed),
+              **kwargs}
     return pipe(prompt, **kwargs).images
 
 
@@ -87,7 +89,8 @@ def test_guidance_means_what_it_says(pipe):
         assert torch.equal(none, draw(pipe, "another prompt", guidance_scale=0))
     assert torch.allclose(none, draw(pipe, "", guidance_scale=1), atol=1e-5)    # the empty negative prompt
     near = draw(pipe, guidance_scale=1.01)
-    assert 1e-5 < (one - near).abs().max() < 1e-2          # far above rounding: the difference is the guidance's
+    # far above rounding: the difference is the guidance's
+    assert 1e-5 < (one - near).abs().max() < 1e-2
     assert not torch.equal(draw(pipe, guidance_scale=3), draw(pipe, guidance_scale=7.5))
     assert torch.equal(draw(pipe), draw(pipe, guidance_scale=7.5))
 
@@ -113,7 +116,8 @@ def test_callback_sees_and_changes_the_latents(pipe):
 
     draw(pipe, callback_on_step_end=look)
     assert [s[0] for s in seen] == [0, 1, 2] and seen[0][1] > seen[2][1]
-    end = draw(pipe, output_type="latent", callback_on_step_end=lambda p, i, t, v: {"latents": v["latents"] * 0})
+    end = draw(pipe, output_type="latent", callback_on_step_end=lambda p, i, t,
+               v: {"latents": v["latents"] * 0})
     assert end.abs().max() == 0
 
 
@@ -131,9 +135,11 @@ def test_image_to_image(pipe):
     x = draw(pipe, image=image, strength=0.5, num_inference_steps=4)
     assert x.shape == image.shape
     steps = []
-    draw(pipe, image=image, strength=0.5, num_inference_steps=4, callback_on_step_end=lambda p, i, t, v: steps.append(i))
+    draw(pipe, image=image, strength=0.5, num_inference_steps=4, callback_on_step_end=lambda p, i, t,
+         v: steps.append(i))
     assert len(steps) == 2
-    weak, strong = (draw(pipe, image=image, strength=s, num_inference_steps=50, output_type="latent") for s in (0.02, 1.0))
+    weak, strong = (draw(pipe, image=image, strength=s, num_inference_steps=50, output_type="latent")
+                    for s in (0.02, 1.0))
     start = pipe._encode(2 * image - 1, 1, torch.Generator().manual_seed(0), torch.float32)
     assert (weak - start).abs().mean() < 0.5 * (strong - start).abs().mean()
 
@@ -250,7 +256,7 @@ def test_pillow_round_trip():
     assert from_pil(to_pil(x), 8, 12, "L").shape == (1, 1, 8, 12)
 
 
-# ---- the command line
+# ------------------------------------------------------------------------------------------- the command line
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +287,8 @@ def test_command_line(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("extra", "word"),
     [
-        (["--model", "hub/name"], "hub/name: no such folder or file; models are read from local"),
+        (["--model", "hub/name"], "hub/name: no such folder or file; models are read from local folders "
+                                  "only"),
         (["--count", "0"], "--count 0"),
         (["--steps", "0"], "num_inference_steps = 0"),
         (["--guidance", "nan"], "--guidance nan: not a finite number"),
@@ -308,7 +315,8 @@ def test_command_line_mistakes_take_one_line(folder, tmp_path, capsys, extra, wo
 def test_command_line_from_a_shell(folder, tmp_path):
     """As a user types it; and the import stays light: torch and the standard library."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    call = [sys.executable, "-m", "minidiff", "--model", folder, "--prompt", "a", "--steps", "1", "--out", str(tmp_path)]
+    call = [sys.executable, "-m", "minidiff", "--model", folder, "--prompt", "a", "--steps", "1", "--out",
+            str(tmp_path)]
     done = subprocess.run(call, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and (tmp_path / "0000.png").exists(), done.stderr
     probe = "import sys, json, torch; before = set(sys.modules); import minidiff, minidiff.pipeline; " \
@@ -322,12 +330,13 @@ def test_command_line_from_a_shell(folder, tmp_path):
 def test_a_reader_that_stops_reading_is_no_mistake(folder, tmp_path):
     """`python -m ... | head`: no traceback, no complaint."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    draws = ["minidiff", "--model", folder, "--prompt", "a", "--steps", "1", "--out", str(tmp_path)]
-    converts = ["miniclip.convert", f"{folder}/text_encoder", str(tmp_path / "text")]
+    calls = (["minidiff.trace"], ["miniclip.convert", f"{folder}/text_encoder", str(tmp_path / "text")],
+             # fmt: skip
+             ["minidiff", "--model", folder, "--prompt", "a", "--steps", "1", "--out", str(tmp_path)])
     running = []
-    for call in (draws, converts, ["minidiff.trace"]):
+    for call in calls:
         process = subprocess.Popen([sys.executable, "-m", *call], cwd=root, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE)  # fmt: skip
+                                   stderr=subprocess.PIPE)
         process.stdout.close()
         running.append(process)
     for process in running:
@@ -339,8 +348,10 @@ def test_help_shows_every_default(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    for words in ("1 to 1000 (default: 50)", "(default: 7.5, for SDXL 5)", "seed N + i (default: 0)",
-                  "default: float32", "(default: cpu)", "0001.png ... (default: out)"):  # fmt: skip
+    for words in ("1 to 1000 (default: 50)", "(default: 7.5, for SDXL 5, for a run 1.5)",
+                  "seed N + i (default: 0)", "default: float32",
+                  # fmt: skip
+                  "(default: cpu)", "0001.png ... (default: out)", "(default: 0.8, with --mask 1)"):
         assert words in said
 
 

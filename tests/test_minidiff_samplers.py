@@ -1,4 +1,5 @@
-"""The samplers without upstream: exact answers where the mathematics gives them, upstream's schedules, clear errors."""
+"""The samplers without upstream: exact answers where the mathematics gives them, upstream's schedules,
+clear errors."""
 
 import math
 
@@ -72,7 +73,8 @@ def test_a_perfect_model_of_one_picture_gives_that_picture(cls, config, predicti
     scheduler.set_timesteps(8)
     x = torch.randn(1, 3, 2, 5, generator=torch.Generator().manual_seed(0))
     end = sample(scheduler, x, lambda x, a, s: (x - a * picture) / s)
-    averages_v = cls is PNDMScheduler and prediction_type == "v_prediction"  # over steps whose v differ: inexact
+    # over steps whose v differ: inexact
+    averages_v = cls is PNDMScheduler and prediction_type == "v_prediction"
     assert (end - picture).abs().max() < (0.1 if averages_v else 2e-3)
 
 
@@ -86,7 +88,8 @@ def gaussian_error(cls, steps, **config):
         return (0.25 * a**2 + s**2) ** 0.5
 
     a, s = levels(scheduler, scheduler.timesteps[0])
-    if isinstance(scheduler, EulerDiscreteScheduler):  # init_noise_sigma starts at sigma, not at sqrt(sigma^2 + 1)
+    # init_noise_sigma starts at sigma, not at sqrt(sigma^2 + 1)
+    if isinstance(scheduler, EulerDiscreteScheduler):
         x = x / s
     end = sample(scheduler, x, lambda x, a, s: x * s / deviation(a, s) ** 2)
     last = 0.5  # every coordinate moves in proportion to the deviation
@@ -110,7 +113,8 @@ def test_more_steps_are_closer_to_the_exact_path(cls, config):
 
 def test_higher_orders_are_more_accurate():
     first, second, third = (
-        gaussian_error(DPMSolverMultistepScheduler, 40, solver_order=k, use_lu_lambdas=True) for k in (1, 2, 3)
+        gaussian_error(DPMSolverMultistepScheduler, 40, solver_order=k, use_lu_lambdas=True)
+        for k in (1, 2, 3)
     )
     assert second < 0.2 * first and third < 0.2 * first
 
@@ -123,7 +127,8 @@ SCHEDULES = [  # as diffusers 0.42 gives them
     (PNDMScheduler, {}, 5, [800, 700, 700, 600, 600, 500, 500, 400, 400, 300, 300, 200, 200, 0]),
     (EulerDiscreteScheduler, {}, 5, [999, 749.25, 499.5, 249.75, 0]),
     (EulerDiscreteScheduler, {"timestep_spacing": "leading", "steps_offset": 1}, 5, [801, 601, 401, 201, 1]),
-    (DPMSolverMultistepScheduler, {"timestep_spacing": "leading", "steps_offset": 1}, 5, [831, 665, 499, 333, 167]),
+    (DPMSolverMultistepScheduler, {"timestep_spacing": "leading", "steps_offset": 1}, 5,
+     [831, 665, 499, 333, 167]),
     (DPMSolverMultistepScheduler, {}, 5, [999, 799, 599, 400, 200]),
     (LCMScheduler, {}, 4, [999, 759, 499, 259]),
 ]
@@ -148,7 +153,8 @@ def test_initial_deviation():
 def test_spacings():
     assert base.linspace(0, 1, 1) == [0] and base.linspace(5, 1, 3) == [5, 3, 1]
     karras = base.karras_sigmas(80.0, 0.002, 18)  # Karras 2022, the default of table 1
-    assert karras[0] == pytest.approx(80) and karras[-1] == pytest.approx(0.002) and karras[9] == pytest.approx(1.9233, 1e-4)
+    assert karras[0] == pytest.approx(80) and karras[-1] == pytest.approx(0.002)
+    assert karras[9] == pytest.approx(1.9233, 1e-4)
     for spacing in (base.karras_sigmas, base.exponential_sigmas, base.beta_sigmas):
         sigmas = spacing(14.6, 0.03, 9)
         assert sigmas == sorted(sigmas, reverse=True) and sigmas[0] == pytest.approx(14.6)
@@ -214,7 +220,8 @@ def test_clear_errors_of_each_sampler():
     with pytest.raises(ConfigError, match="sigma_min"):
         DPMSolverMultistepScheduler(algorithm_type="dpmsolver")
     with pytest.raises(ConfigError, match="solver_order"):
-        DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver", solver_order=3, final_sigmas_type="sigma_min")
+        DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver", solver_order=3,
+                                    final_sigmas_type="sigma_min")
     with pytest.raises(ConfigError, match="algorithm_type"):
         DPMSolverMultistepScheduler(algorithm_type="unipc")
     with pytest.raises(ConfigError, match="prediction_type"):
@@ -230,7 +237,8 @@ def test_clear_errors_of_each_sampler():
 
 
 def test_ddim_takes_the_stride_and_not_the_next_entry():
-    """A quirk that checkpoints are used with: 30 trailing steps list 999, 966, 932, ..., but step goes 999 -> 966 -> 933."""
+    """A quirk that checkpoints are used with: 30 trailing steps list 999, 966, 932, ...,
+    but step goes 999 -> 966 -> 933."""
     ddim = DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
     ddim.set_timesteps(30)
     assert ddim.timesteps[1:3].tolist() == [966, 932]
@@ -262,7 +270,8 @@ def test_same_seed_same_picture_and_no_state_left_over(cls, config):
         scheduler.set_timesteps(6)
         ends.append(sample(scheduler, x, lambda x, a, s: 0.3 * x))
     assert torch.equal(*ends)
-    assert x.equal(torch.randn(1, 2, 3, 3, generator=torch.Generator().manual_seed(0)))  # arguments stay as they were
+    # arguments stay as they were
+    assert x.equal(torch.randn(1, 2, 3, 3, generator=torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.parametrize(("cls", "config"), EVERY)
@@ -318,7 +327,8 @@ def test_outputs_read_like_upstreams():
     x = torch.ones(1, 1, 1, 1)
     out = ddim.step(x, 500, x)
     assert out.prev_sample is out[0] is out["prev_sample"] and out[1] is out.pred_original_sample
-    assert all(torch.equal(a, b) for a, b in zip(out.to_tuple(), ddim.step(x, 500, x, return_dict=False), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(out.to_tuple(), ddim.step(x, 500, x, return_dict=False),
+                                                 strict=True))
     lcm = LCMScheduler()
     lcm.set_timesteps(2)
     out = lcm.step(x, lcm.timesteps[0], x)

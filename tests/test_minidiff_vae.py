@@ -58,7 +58,8 @@ def test_the_gaussian():
     assert gaussian.kl().item() == pytest.approx(0.5 * (9 + 4 - 1 - 1.3862944))
     assert gaussian.kl(gaussian).item() == 0
     normal = torch.distributions.Normal(3.0, 2.0)
-    assert gaussian.nll(torch.ones(1, 1, 1, 1)).item() == pytest.approx(-normal.log_prob(torch.tensor(1.0)).item())
+    assert gaussian.nll(torch.ones(1, 1, 1,
+                                   1)).item() == pytest.approx(-normal.log_prob(torch.tensor(1.0)).item())
     wild = DiagonalGaussianDistribution(torch.tensor([0.0, 1e4]).view(1, 2, 1, 1))
     assert torch.isfinite(wild.std).all() and wild.logvar.item() == 20
 

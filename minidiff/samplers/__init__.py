@@ -1,4 +1,5 @@
-"""The samplers, by upstream's names. Read in this order: ddpm, base, ddim, pndm, euler, euler_ancestral, dpmsolver, lcm."""
+"""The samplers, by upstream's names. Read in this order: ddpm, base, ddim, pndm, euler,
+euler_ancestral, dpmsolver, lcm."""
 
 from minidiff.samplers.base import SchedulerOutput
 from minidiff.samplers.ddim import DDIMScheduler

@@ -1,9 +1,11 @@
 """What the samplers share beyond schedule.py: their output, and the walk along a list of noise levels sigma.
 
 Read after ddpm.py; then ddim.py, the simplest. Papers: Karras 2022 (eq. 5 for the spacing; x = x0 +
-sigma eps, the form that Euler and DPM-Solver use), Lu 2022 (lambda = -log sigma). Mirrors: the parts that diffusers'
-scheduling_euler_discrete.py, scheduling_euler_ancestral_discrete.py and scheduling_dpmsolver_multistep.py repeat.
-Symbols: sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t); T training timesteps, n sampling steps; lists run high to low.
+sigma eps, the form that Euler and DPM-Solver use), Lu 2022 (lambda = -log sigma).
+Mirrors: the parts that diffusers' scheduling_euler_discrete.py, scheduling_euler_ancestral_discrete.py and
+scheduling_dpmsolver_multistep.py repeat.
+Symbols: sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t); T training timesteps, n sampling steps;
+lists run high to low.
 """
 
 from __future__ import annotations
@@ -23,25 +25,29 @@ from minidiff.schedule import ScheduleConfig, Scheduler, spaced_timesteps
 
 @dataclass
 class SchedulerOutput(ModelOutput):
-    """The next, less noisy picture and, where the sampler has it, its guess of x0: as attributes, keys or indices."""
+    """The next, less noisy picture and, where the sampler has it, its guess of x0: as attributes,
+    keys or indices."""
 
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
 
 
 def checked_timesteps(chosen: Sequence[int], T: int) -> list[int]:
-    """`chosen`, if the tables have an entry for each; `leading` spacing with an offset can step over the end."""
+    """`chosen`, if the tables have an entry for each;
+    `leading` spacing with an offset can step over the end."""
     if chosen and 0 <= min(chosen) and max(chosen) < T:
         return list(chosen)
-    raise ValueError(f"timesteps {list(chosen)[:4]} ... must lie in 0 .. {T - 1}; lower steps_offset or the steps")
+    raise ValueError(f"timesteps {list(chosen)[:4]} ... must lie in 0 .. {T - 1}; lower steps_offset or the "
+                     "steps")
 
 
 def check_steps(steps: Any, T: int) -> None:
+    """Raises ValueError unless `steps` is a whole number in 1 .. T."""
     if not isinstance(steps, int) or not 1 <= steps <= T:
         raise ValueError(f"num_inference_steps = {steps} must be a whole number in 1 .. {T}")
 
 
-# ---- spacings of sigma: n levels from sigma_max down to sigma_min, in double precision ------------------------------
+# -------------------------- spacings of sigma: n levels from sigma_max down to sigma_min, in double precision
 
 
 def linspace(start: float, stop: float, n: int) -> list[float]:
@@ -135,12 +141,14 @@ class SigmaScheduler(Scheduler):
     def _start(self, timestep: Tensor | float) -> int:
         """The current place in the walk."""
         if self.step_index is None:
-            self.step_index = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
+            self.step_index = (self.index_for_timestep(timestep) if self.begin_index is None
+                               else self.begin_index)
         if self.step_index >= len(self.sigmas) - 1:
             raise IndexError(f"all {len(self.sigmas) - 1} steps are done: call set_timesteps to start again")
         return self.step_index
 
-    def _set_levels(self, timesteps: Sequence[float], sigmas: Sequence[float], device: Any, dtype: torch.dtype) -> None:
+    def _set_levels(self, timesteps: Sequence[float], sigmas: Sequence[float], device: Any,
+                    dtype: torch.dtype) -> None:
         self.timesteps = torch.tensor(timesteps, dtype=dtype).to(device)
         self.sigmas = torch.tensor(sigmas, dtype=torch.float32)
         self.step_index = self.begin_index = None
@@ -149,7 +157,8 @@ class SigmaScheduler(Scheduler):
         return self.train_sigmas[0].item() if self.config.final_sigmas_type == "sigma_min" else 0.0
 
     def _respace(self, levels: Sequence[float], n: int) -> list[float] | None:
-        """n levels between the ends of `levels` in the spacing that the config names; None if it names none."""
+        """n levels between the ends of `levels` in the spacing that the config names;
+        None if it names none."""
         c, high, low = self.config, levels[0], levels[-1]
         high = high if c.get("sigma_max") is None else c.sigma_max
         low = low if c.get("sigma_min") is None else c.sigma_min
@@ -160,7 +169,8 @@ class SigmaScheduler(Scheduler):
         return beta_sigmas(high, low, n) if c.use_beta_sigmas else None
 
     def _sigma_to_t(self, sigma: float) -> float:
-        """The timestep, between two training timesteps, whose sigma this is; log sigma is taken as linear between."""
+        """The timestep, between two training timesteps, whose sigma this is;
+        log sigma is taken as linear between."""
         log_sigmas = self.train_sigmas.log()
         log_sigma = math.log(max(sigma, 1e-10))
         below = [i for i, level in enumerate(log_sigmas.tolist()) if level <= log_sigma]
@@ -170,7 +180,8 @@ class SigmaScheduler(Scheduler):
         return (1 - w) * low + w * (low + 1)
 
     def sigma_at(self, timesteps: Tensor, x: Tensor) -> Tensor:
-        """The levels of schedule timesteps [B], shaped to multiply x; all at the walk's place once it has one."""
+        """The levels of schedule timesteps [B], shaped to multiply x;
+        all at the walk's place once it has one."""
         timesteps = torch.atleast_1d(timesteps)
         if self.begin_index is None:
             places = [self.index_for_timestep(t) for t in timesteps]
@@ -202,7 +213,8 @@ class EulerBase(SigmaScheduler):
         return most if self.config.timestep_spacing in ("linspace", "trailing") else (most**2 + 1) ** 0.5
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
-        """x / sqrt(sigma^2 + 1): what the UNet was trained on, sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps."""
+        """x / sqrt(sigma^2 + 1): what the UNet was trained on,
+        sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps."""
         sigma = self.sigmas[self._start(timestep)]
         return sample / (sigma**2 + 1) ** 0.5
 
@@ -215,7 +227,8 @@ class EulerBase(SigmaScheduler):
 
     def _at(self, timestep: Tensor | float) -> int:
         """The place in the walk; a whole number is refused, since it may be meant as an index."""
-        whole = isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point())
+        whole = isinstance(timestep, int) or (isinstance(timestep, Tensor)
+                                              and not timestep.is_floating_point())
         if whole:
             raise ValueError(f"timestep {timestep} is a whole number: pass an entry of scheduler.timesteps")
         return self._start(timestep)

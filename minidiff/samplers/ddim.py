@@ -1,8 +1,8 @@
 """DDIM: the deterministic sampler that takes large steps with a model trained by DDPM.
 
 Read after base.py. Paper: Song 2021 (DDIM), equations 12 and 16. Mirrors: diffusers' scheduling_ddim.py.
-Kept as upstream, because checkpoints are used so: the previous timestep is t - T // n and not the next entry of the
-schedule, which differs by a timestep or two where n does not divide T (`trailing`, `linspace`).
+Kept as upstream, because checkpoints are used so: the previous timestep is t - T // n and not the next entry
+of the schedule, which differs by a timestep or two where n does not divide T (`trailing`, `linspace`).
 Shapes: x_t, x0, eps all [B, C, H, W] or any other; t a number.
 """
 
@@ -20,7 +20,10 @@ from minidiff.schedule import Generators, ScheduleConfig, Scheduler, randn, spac
 
 @dataclass(frozen=True)
 class DDIMConfig(ScheduleConfig):
-    clip_sample: bool = True                    # clip x0 at every step: for pictures in [-1, 1], not for latents
+    """Fields and defaults of diffusers' DDIMScheduler."""
+
+    # clip x0 at every step: for pictures in [-1, 1], not for latents
+    clip_sample: bool = True
     set_alpha_to_one: bool = True               # below the first timestep alpha_bar is 1, else alpha_bar_0
     steps_offset: int = 0
     thresholding: bool = False                  # dynamic thresholding in place of clipping
@@ -32,11 +35,14 @@ class DDIMConfig(ScheduleConfig):
 
 
 class DDIMScheduler(Scheduler):
+    """Song 2021: deterministic with eta 0. Any number of steps up to T; 20 to 50 are usual."""
+
     config_class = DDIMConfig
 
     def __init__(self, config: DDIMConfig | None = None, **fields):
         super().__init__(config, **fields)
-        self.final_alpha_cumprod = torch.tensor(1.0) if self.config.set_alpha_to_one else self.alphas_cumprod[0]
+        self.final_alpha_cumprod = (torch.tensor(1.0) if self.config.set_alpha_to_one
+                                    else self.alphas_cumprod[0])
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Chooses `num_inference_steps` of the T training timesteps by the config's spacing."""
@@ -57,9 +63,10 @@ class DDIMScheduler(Scheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """x_t -> x_{t - T // n}. model_output is the UNet's answer to (sample, timestep).
+        """x_t -> x_{t - T // n}. model_output is the UNet's prediction for (sample, timestep).
 
-        eta: 0 adds no noise (DDIM), 1 as much as DDPM; `variance_noise` gives the noise, else `generator` draws it.
+        eta: 0 adds no noise (DDIM), 1 as much as DDPM;
+        `variance_noise` gives the noise, else `generator` draws it.
         use_clipped_model_output: derive eps again from the clipped x0.
         """
         t, x_t = int(timestep), sample
@@ -70,7 +77,8 @@ class DDIMScheduler(Scheduler):
         if use_clipped_model_output:
             eps = to_eps("sample", x0, x_t, a, s)
         sigma = eta * self._variance(alpha_bar, alpha_bar_prev) ** 0.5
-        direction = (1 - alpha_bar_prev - sigma**2) ** 0.5 * eps            # Song 2021, eq. 12: "pointing to x_t"
+        # Song 2021, eq. 12: "pointing to x_t"
+        direction = (1 - alpha_bar_prev - sigma**2) ** 0.5 * eps
         x_prev = alpha_bar_prev**0.5 * x0 + direction
         if eta > 0:
             x_prev = x_prev + sigma * self._noise(model_output, generator, variance_noise)
@@ -80,7 +88,8 @@ class DDIMScheduler(Scheduler):
         if self.num_inference_steps is None:
             raise ValueError("call set_timesteps before step")
         previous = t - self.config.num_train_timesteps // self.num_inference_steps
-        return self.alphas_cumprod[t], self.alphas_cumprod[previous] if previous >= 0 else self.final_alpha_cumprod
+        return (self.alphas_cumprod[t], self.alphas_cumprod[previous] if previous >= 0
+                else self.final_alpha_cumprod)
 
     @staticmethod
     def _variance(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> Tensor:

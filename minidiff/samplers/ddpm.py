@@ -1,8 +1,10 @@
-"""DDPMScheduler: ancestral sampling as in the first diffusion papers, and the forward process that training uses.
+"""DDPMScheduler: ancestral sampling as in the first diffusion papers, and the forward process of training.
 
-Read after schedule.py, first of samplers/. Papers: Ho 2020 (equations cited below), Nichol 2021
-(learned variances). Mirrors: diffusers' scheduling_ddpm.py, number for number. Departures, each held by a test:
-`fixed_large_log` gives sqrt(beta_t) where upstream gives NaN; a timestep outside the schedule is a ValueError.
+Read after schedule.py, first of samplers/.
+Papers: Ho 2020 (equations cited below), Nichol 2021 (learned variances).
+Mirrors: diffusers' scheduling_ddpm.py, number for number.
+Departures, each held by a test: `fixed_large_log` gives sqrt(beta_t) where upstream gives NaN; a timestep
+outside the schedule is a ValueError.
 Shapes: x_t, x0, eps all [B, C, H, W] or any other; t a number.
 """
 
@@ -21,8 +23,11 @@ from minidiff.schedule import Generators, ScheduleConfig, Scheduler, randn, spac
 
 @dataclass(frozen=True)
 class DDPMConfig(ScheduleConfig):
+    """Fields and defaults of diffusers' DDPMScheduler."""
+
     variance_type: str = "fixed_small"          # any unknown name means fixed_small, as upstream
-    clip_sample: bool = True                    # clip x0 at every step: for pictures in [-1, 1], not for latents
+    # clip x0 at every step: for pictures in [-1, 1], not for latents
+    clip_sample: bool = True
     thresholding: bool = False                  # dynamic thresholding instead
     dynamic_thresholding_ratio: float = 0.995
     clip_sample_range: float = 1.0
@@ -41,25 +46,30 @@ class DDPMSchedulerOutput(ModelOutput):
 
 
 class DDPMScheduler(Scheduler):
+    """Ho 2020, Algorithm 2: fresh noise at every step but the last, so it needs many steps."""
+
     config_class = DDPMConfig
     custom_timesteps = False
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: torch.device | str | None = None,
                       timesteps: Sequence[int] | None = None) -> None:
-        """Choose `num_inference_steps` timesteps by the config's spacing, or give them, in descending order."""
+        """Choose `num_inference_steps` timesteps by the config's spacing, or give them,
+        in descending order."""
         T = self.config.num_train_timesteps
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("give either num_inference_steps or timesteps")
         if timesteps is None:
             if not 1 <= num_inference_steps <= T:
                 raise ValueError(f"num_inference_steps = {num_inference_steps} must lie in 1 .. {T}")
-            chosen = spaced_timesteps(self.config.timestep_spacing, num_inference_steps, T, self.config.steps_offset)
+            chosen = spaced_timesteps(self.config.timestep_spacing, num_inference_steps, T,
+                                      self.config.steps_offset)
         else:
             chosen = list(timesteps)
         if not chosen or any(b >= a for a, b in zip(chosen, chosen[1:], strict=False)):
             raise ValueError(f"timesteps must be in descending order and not empty, got {chosen[:8]}")
         if chosen[0] >= T or chosen[-1] < 0:
-            raise ValueError(f"timesteps run from {chosen[0]} to {chosen[-1]}, but training knew 0 .. {T - 1}")
+            raise ValueError(f"timesteps run from {chosen[0]} to {chosen[-1]}, but training knew 0 .. "
+                             f"{T - 1}")
         self.num_inference_steps = num_inference_steps if timesteps is None else self.num_inference_steps
         self.custom_timesteps = timesteps is not None
         self.timesteps = torch.tensor(chosen, dtype=torch.int64, device=device)
@@ -77,7 +87,8 @@ class DDPMScheduler(Scheduler):
 
     def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, generator: Generators = None,
              return_dict: bool = True) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        """x_t -> x_{t-1}, drawn from p(x_{t-1} | x_t). model_output is the UNet's answer to (sample, timestep)."""
+        """x_t -> x_{t-1}, drawn from p(x_{t-1} | x_t). model_output is the UNet's prediction for (sample,
+        timestep)."""
         t, x_t, predicted_variance = int(timestep), sample, None
         learned = self.config.variance_type in ("learned", "learned_range")
         if learned and model_output.shape[1] == 2 * x_t.shape[1]:
@@ -103,7 +114,8 @@ class DDPMScheduler(Scheduler):
 
     def _get_variance(self, t: int, predicted_variance: Tensor | None = None,
                       variance_type: str | None = None) -> Tensor:
-        """What upstream's method of this name returns: a variance, its log, or (fixed_small_log) a deviation."""
+        """What upstream's method of this name returns: a variance, its log,
+        or (fixed_small_log) a deviation."""
         alpha_bar, alpha_bar_prev = self._alpha_bars(t)
         beta = 1 - alpha_bar / alpha_bar_prev
         variance = ((1 - alpha_bar_prev) / (1 - alpha_bar) * beta).clamp(min=1e-20)     # Ho 2020, below eq. 7

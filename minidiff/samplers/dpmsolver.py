@@ -1,10 +1,13 @@
 """DPM-Solver and DPM-Solver++, multistep, orders 1 to 3, as ODE or SDE: good pictures in about 20 steps.
 
-Read after euler.py. Papers: Lu 2022a (DPM-Solver), Lu 2022b (DPM-Solver++: Algorithm 2 is the second order here).
-Mirrors: diffusers' scheduling_dpmsolver_multistep.py. One step of any kind is one line,
-x_t = ratio x_s + c0 D0 + c1 D1 + c2 D2 + up noise, where D0, D1, D2 are the model's answer and its divided differences
-in lambda; only the coefficients differ, and each kind has its function below.
-Symbols: alpha_t, sigma_t with x_t = alpha_t x0 + sigma_t eps; lambda_t = log(alpha_t / sigma_t); h = lambda_t - lambda_s.
+Read after euler.py.
+Papers: Lu 2022a (DPM-Solver), Lu 2022b (DPM-Solver++: Algorithm 2 is the second order here).
+Mirrors: diffusers' scheduling_dpmsolver_multistep.py.
+One step of any kind is one line, x_t = ratio x_s + c0 D0 + c1 D1 + c2 D2 + up noise, where D0, D1, D2 are the
+model's prediction and its divided differences in lambda. Only the coefficients differ, and each kind has its
+function below.
+Symbols: alpha_t, sigma_t with x_t = alpha_t x0 + sigma_t eps; lambda_t = log(alpha_t / sigma_t);
+h = lambda_t - lambda_s.
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ ALIASES = {"deis": "dpmsolver++", "logrho": "midpoint", "bh1": "midpoint", "bh2"
 
 @dataclass(frozen=True)
 class DPMSolverMultistepConfig(ScheduleConfig):
+    """Fields and defaults of diffusers' DPMSolverMultistepScheduler; those left out are in `inert`."""
+
     solver_order: int = 2                       # 1 to 3; 2 for guided sampling
     prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] = "epsilon"
     thresholding: bool = False                  # dynamic thresholding of x0
@@ -51,13 +56,16 @@ class DPMSolverMultistepConfig(ScheduleConfig):
     use_flow_sigmas: bool = False               # flow matching: x = (1 - sigma) x0 + sigma eps
     flow_shift: float = 1.0
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
-    lambda_min_clipped: float = -math.inf       # leave out the noisiest timesteps (-5.1 for the cosine schedule)
-    variance_type: Literal["learned", "learned_range"] | None = None  # the model also predicts a variance: ignored
+    # leave out the noisiest timesteps (-5.1 for the cosine schedule)
+    lambda_min_clipped: float = -math.inf
+    # the model also predicts a variance: ignored
+    variance_type: Literal["learned", "learned_range"] | None = None
     timestep_spacing: Literal["linspace", "leading", "trailing"] = "linspace"
     steps_offset: int = 0
     rescale_betas_zero_snr: bool = False
 
-    inert: ClassVar[dict[str, tuple]] = {"use_dynamic_shifting": (False,), "time_shift_type": ("exponential",)}
+    inert: ClassVar[dict[str, tuple]] = {"use_dynamic_shifting": (False,),
+                                         "time_shift_type": ("exponential",)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,18 +74,21 @@ class DPMSolverMultistepConfig(ScheduleConfig):
             if value not in known:
                 raise ConfigError(f"{name} = {value!r} is not one of {', '.join(known)}")
             object.__setattr__(self, name, value)
-        if self.solver_order not in (1, 2, 3) or (self.solver_order == 3 and self.algorithm_type == "sde-dpmsolver"):
+        if self.solver_order not in (1, 2, 3) or (self.solver_order == 3
+                                                  and self.algorithm_type == "sde-dpmsolver"):
             raise ConfigError(f"solver_order = {self.solver_order} is not one that {self.algorithm_type} has")
         if not self.algorithm_type.endswith("++") and self.final_sigmas_type == "zero":
-            raise ConfigError(f"algorithm_type = {self.algorithm_type!r} needs final_sigmas_type = 'sigma_min'")
+            raise ConfigError(f"algorithm_type = {self.algorithm_type!r} needs final_sigmas_type = "
+                              "'sigma_min'")
 
 
-# ---- the coefficients (ratio, c0, c1 by midpoint, c1 by heun, c2, up) of the four kinds -----------------------------
-# The first is that of exact integration with the model's answer held constant; c1 and c2 add its slope and curvature.
+# ------------------------- the coefficients (ratio, c0, c1 by midpoint, c1 by heun, c2, up) of the four kinds
+# The first is that of exact integration with the model's prediction held constant;
+# c1 and c2 add its slope and curvature.
 
 
 def ode_data(alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor, h: Tensor) -> tuple:
-    """dpmsolver++: the model's answer is x0 (Lu 2022b, eq. 9 and Algorithm 2)."""
+    """dpmsolver++: the model's prediction is x0 (Lu 2022b, eq. 9 and Algorithm 2)."""
     phi = torch.exp(-h) - 1.0
     c2 = -alpha_t * ((phi + h) / h**2 - 0.5)
     return sigma_t / sigma_s, -alpha_t * phi, -0.5 * (alpha_t * phi), alpha_t * (phi / h + 1.0), c2, None
@@ -93,7 +104,7 @@ def sde_data(alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor,
 
 
 def ode_noise(alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor, h: Tensor) -> tuple:
-    """dpmsolver: the model's answer is eps (Lu 2022a, section 3)."""
+    """dpmsolver: the model's prediction is eps (Lu 2022a, section 3)."""
     phi = torch.exp(h) - 1.0
     c2 = -sigma_t * ((phi - h) / h**2 - 0.5)
     return alpha_t / alpha_s, -sigma_t * phi, -0.5 * (sigma_t * phi), -sigma_t * (phi / h - 1.0), c2, None
@@ -107,10 +118,13 @@ def sde_noise(alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor
     return alpha_t / alpha_s, -2.0 * (sigma_t * phi), -sigma_t * phi, heun, None, up
 
 
-RULES = {"dpmsolver++": ode_data, "sde-dpmsolver++": sde_data, "dpmsolver": ode_noise, "sde-dpmsolver": sde_noise}
+RULES = {"dpmsolver++": ode_data, "sde-dpmsolver++": sde_data, "dpmsolver": ode_noise,
+         "sde-dpmsolver": sde_noise}
 
 
 class DPMSolverMultistepScheduler(SigmaScheduler):
+    """One evaluation of the model a step; the higher orders reuse the outputs of the steps before."""
+
     config_class = DPMSolverMultistepConfig
 
     def __init__(self, config: DPMSolverMultistepConfig | None = None, **fields):
@@ -186,19 +200,19 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
-        """x at one timestep -> x at the next, from this answer of the model and up to two before it.
+        """x at one timestep -> x at the next, from this prediction of the model and up to two before it.
 
         The SDE kinds draw noise from `generator`, or take `variance_noise`. Computed in float32.
         """
         if self.num_inference_steps is None:
             raise ValueError("call set_timesteps before step")
         i = self._start(timestep)
-        answer = self.convert_model_output(model_output, sample=sample)
-        self.model_outputs = [*self.model_outputs, answer][-self.config.solver_order :]
+        converted = self.convert_model_output(model_output, sample=sample)
+        self.model_outputs = [*self.model_outputs, converted][-self.config.solver_order :]
         noise = variance_noise
         if noise is None and self.config.algorithm_type.startswith("sde"):
-            noise = randn(answer.shape, generator, answer.device, torch.float32)
-        x_prev = self._update(i, self._order(i), sample.to(torch.float32), noise).to(answer.dtype)
+            noise = randn(converted.shape, generator, converted.device, torch.float32)
+        x_prev = self._update(i, self._order(i), sample.to(torch.float32), noise).to(converted.dtype)
         self.step_index = i + 1
         return SchedulerOutput(x_prev) if return_dict else (x_prev,)
 
@@ -229,7 +243,7 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
         return out if up is None else out + up * noise.to(out.device)
 
     def convert_model_output(self, model_output: Tensor, sample: Tensor) -> Tensor:
-        """The model's answer as x0 (the ++ kinds) or as eps, whatever it predicts."""
+        """The model's prediction as x0 (the ++ kinds) or as eps, whatever it predicts."""
         c, output = self.config, model_output
         alpha_t, sigma_t = self.alpha_sigma(self.sigmas[self.step_index])
         if c.prediction_type == "epsilon" and c.variance_type is not None:
@@ -237,7 +251,8 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
         if not c.algorithm_type.endswith("++"):
             return self._as_eps(output, sample, alpha_t, sigma_t)
         if c.prediction_type == "flow_prediction":
-            sigma_t = self.sigmas[self.step_index]      # the level itself, as upstream, even without use_flow_sigmas
+            # the level itself, as upstream, even without use_flow_sigmas
+            sigma_t = self.sigmas[self.step_index]
         x0 = to_x0(c.prediction_type, output, sample, alpha_t, sigma_t)
         return self._threshold(x0) if c.thresholding else x0
 

@@ -1,7 +1,7 @@
 """Euler: the first-order step along the probability-flow ODE. What SDXL ships.
 
-Read after base.py. Paper: Karras 2022 (EDM), Algorithm 2 without its second-order correction; `s_churn` and its kin
-are that algorithm's. Mirrors: diffusers' scheduling_euler_discrete.py.
+Read after base.py. Paper: Karras 2022 (EDM), Algorithm 2 without its second-order correction;
+`s_churn` and its relatives are that algorithm's. Mirrors: diffusers' scheduling_euler_discrete.py.
 Shapes: x, x0, eps all [B, C, H, W] or any other; sigma a number; x = x0 + sigma eps.
 """
 
@@ -21,7 +21,10 @@ from minidiff.schedule import Generators, ScheduleConfig, randn, to_x0_unscaled
 
 @dataclass(frozen=True)
 class EulerDiscreteConfig(ScheduleConfig):
-    interpolation_type: Literal["linear", "log_linear"] = "linear"  # how sigma is read between training timesteps
+    """Fields and defaults of diffusers' EulerDiscreteScheduler."""
+
+    # how sigma is read between training timesteps
+    interpolation_type: Literal["linear", "log_linear"] = "linear"
     use_karras_sigmas: bool = False             # at most one of the three spacings
     use_exponential_sigmas: bool = False
     use_beta_sigmas: bool = False
@@ -35,6 +38,8 @@ class EulerDiscreteConfig(ScheduleConfig):
 
 
 class EulerDiscreteScheduler(EulerBase):
+    """One evaluation of the model a step; deterministic unless `step` is given s_churn."""
+
     config_class = EulerDiscreteConfig
 
     def __init__(self, config: EulerDiscreteConfig | None = None, **fields):
@@ -49,7 +54,8 @@ class EulerDiscreteScheduler(EulerBase):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> None:
-        """Chooses n timesteps and n + 1 levels sigma, or takes one of the two lists (`sigmas` ends with its 0)."""
+        """Chooses n timesteps and n + 1 levels sigma, or takes one of the two lists (`sigmas` ends with its
+        0)."""
         if sum(given is not None for given in (num_inference_steps, timesteps, sigmas)) != 1:
             raise ValueError("give exactly one of num_inference_steps, timesteps and sigmas")
         if timesteps is not None:
@@ -69,7 +75,8 @@ class EulerDiscreteScheduler(EulerBase):
             check_steps(n, self.config.num_train_timesteps)
         times = self._spaced(n) if given is None else [float(t) for t in given]
         n = len(times)
-        times = torch.tensor(times, dtype=torch.float32).tolist()           # sigma is read at the rounded timesteps
+        # sigma is read at the rounded timesteps
+        times = torch.tensor(times, dtype=torch.float32).tolist()
         table = self.train_sigmas.tolist()
         levels = [interpolate(table, t) for t in times]
         if self.config.interpolation_type == "log_linear":
@@ -83,7 +90,8 @@ class EulerDiscreteScheduler(EulerBase):
     def _check_custom(self) -> None:
         c = self.config
         if c.use_karras_sigmas or c.use_exponential_sigmas or c.use_beta_sigmas or self._continuous():
-            raise ValueError("timesteps cannot be given together with a spacing of sigmas or continuous timesteps")
+            raise ValueError("timesteps cannot be given together with a spacing of sigmas or continuous "
+                             "timesteps")
 
     def _continuous(self) -> bool:
         return self.config.timestep_type == "continuous" and self.config.prediction_type == "v_prediction"
@@ -100,7 +108,8 @@ class EulerDiscreteScheduler(EulerBase):
         generator: Generators = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """x at one level -> x at the next. model_output is the UNet's answer to (scale_model_input(sample), timestep).
+        """x at one level -> x at the next. model_output is the UNet's prediction for
+        (scale_model_input(sample), timestep).
 
         s_churn > 0 first adds noise up to a level sigma_hat (Karras 2022, Algorithm 2). Computed in float32.
         """

@@ -1,7 +1,9 @@
-"""Euler with ancestral noise: an Euler step below the next level, then fresh noise up to it. What SDXL Turbo ships.
+"""Euler with ancestral noise: an Euler step below the next level, then fresh noise up to it.
 
-Read after euler.py. Source: k-diffusion's sample_euler_ancestral; sigma_up is DDPM's posterior deviation written with
-sigma (Ho 2020, eq. 7). Mirrors: diffusers' scheduling_euler_ancestral_discrete.py.
+Read after euler.py. It is what SDXL Turbo ships.
+Source: k-diffusion's sample_euler_ancestral; sigma_up is DDPM's posterior deviation written with sigma (Ho
+2020, eq. 7).
+Mirrors: diffusers' scheduling_euler_ancestral_discrete.py.
 Shapes: x, x0, eps all [B, C, H, W] or any other; sigma a number; x = x0 + sigma eps.
 """
 
@@ -19,6 +21,8 @@ from minidiff.schedule import Generators, ScheduleConfig, randn, to_x0_unscaled
 
 @dataclass(frozen=True)
 class EulerAncestralDiscreteConfig(ScheduleConfig):
+    """Fields and defaults of diffusers' EulerAncestralDiscreteScheduler."""
+
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     timestep_spacing: Literal["linspace", "leading", "trailing"] = "linspace"
     steps_offset: int = 0
@@ -26,6 +30,8 @@ class EulerAncestralDiscreteConfig(ScheduleConfig):
 
 
 class EulerAncestralDiscreteScheduler(EulerBase):
+    """Stochastic: the picture keeps changing with the number of steps."""
+
     config_class = EulerAncestralDiscreteConfig
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
@@ -44,7 +50,8 @@ class EulerAncestralDiscreteScheduler(EulerBase):
         generator: Generators = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """x at one level -> x at the next. model_output is the UNet's answer to (scale_model_input(sample), timestep)."""
+        """x at one level -> x at the next. model_output is the UNet's prediction for
+        (scale_model_input(sample), timestep)."""
         i = self._at(timestep)
         x, sigma, to = sample.to(torch.float32), self.sigmas[i], self.sigmas[i + 1]
         x0 = to_x0_unscaled(self.config.prediction_type, model_output, x, sigma, sigma)

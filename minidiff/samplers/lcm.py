@@ -1,6 +1,7 @@
 """LCM: four steps with a latent consistency model, which predicts the end of the path from any point of it.
 
-Read after ddim.py. Papers: Luo 2023 (LCM), Song 2023 (consistency models; multistep sampling is its Algorithm 1).
+Read after ddim.py. Papers: Luo 2023 (LCM), Song 2023 (consistency models;
+multistep sampling is its Algorithm 1).
 Mirrors: diffusers' scheduling_lcm.py.
 Shapes: x_t, x0, eps all [B, C, H, W] or any other; t a number.
 """
@@ -22,6 +23,8 @@ SIGMA_DATA = 0.5  # the data's deviation in the boundary scalings
 
 @dataclass(frozen=True)
 class LCMConfig(ScheduleConfig):
+    """Fields and defaults of diffusers' LCMScheduler."""
+
     beta_start: float = 0.00085
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"
@@ -40,10 +43,14 @@ class LCMConfig(ScheduleConfig):
 
 @dataclass
 class LCMSchedulerOutput(SchedulerOutput):
+    """prev_sample, noised to the next timestep, and `denoised`, the same picture before that noise."""
+
     denoised: Tensor | None = None              # the predicted end of the path
 
 
 class LCMScheduler(Scheduler):
+    """Multistep consistency sampling, for distilled models only; 1 to 8 steps are usual."""
+
     config_class = LCMConfig
     step_index: int | None = None
     begin_index: int | None = None
@@ -64,8 +71,10 @@ class LCMScheduler(Scheduler):
             raise ValueError("give either num_inference_steps or timesteps")
         T = self.config.num_train_timesteps
         if timesteps is None:
-            original = self.config.original_inference_steps if original_inference_steps is None else original_inference_steps
-            chosen, self.num_inference_steps = self._choose(num_inference_steps, original, strength), num_inference_steps
+            original = (self.config.original_inference_steps if original_inference_steps is None
+                        else original_inference_steps)
+            chosen, self.num_inference_steps = self._choose(num_inference_steps, original,
+                                                            strength), num_inference_steps
         else:
             if any(b >= a for a, b in zip(timesteps, timesteps[1:], strict=False)):
                 raise ValueError(f"timesteps must be in descending order, got {list(timesteps)[:8]}")
@@ -75,13 +84,15 @@ class LCMScheduler(Scheduler):
         self.step_index = self.begin_index = None
 
     def _choose(self, n: int, original: int, strength: float) -> list[int]:
-        """n entries, evenly taken, of the distillation's timesteps k - 1, 2k - 1, ... with k = T // original."""
+        """n entries, evenly taken, of the distillation's timesteps k - 1, 2k - 1, ...
+        with k = T // original."""
         T = self.config.num_train_timesteps
         check_steps(n, T)
         check_steps(original, T)
         known = [i * (T // original) - 1 for i in range(1, int(original * strength) + 1)][::-1]
         if n > len(known):
-            raise ValueError(f"num_inference_steps = {n} exceeds the {len(known)} steps of the distillation to walk")
+            raise ValueError(f"num_inference_steps = {n} exceeds the {len(known)} steps of the distillation "
+                             "to walk")
         return [known[int(i * (len(known) / n))] for i in range(n)]
 
     def set_begin_index(self, begin_index: int = 0) -> None:
@@ -103,13 +114,16 @@ class LCMScheduler(Scheduler):
         generator: Generators = None,
         return_dict: bool = True,
     ) -> LCMSchedulerOutput | tuple[Tensor, Tensor]:
-        """x_t -> the predicted end of the path, and from there, but for the last step, back up to the next timestep."""
+        """x_t -> the predicted end of the path, and from there, but for the last step,
+        back up to the next timestep."""
         if self.num_inference_steps is None:
             raise ValueError("call set_timesteps before step")
         if self.step_index is None:
-            self.step_index = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
+            self.step_index = (self.index_for_timestep(timestep) if self.begin_index is None
+                               else self.begin_index)
         alpha_bar = self.alphas_cumprod[int(timestep)]
-        x0 = to_x0(self.config.prediction_type, model_output, sample, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+        x0 = to_x0(self.config.prediction_type, model_output, sample, alpha_bar.sqrt(),
+                   (1 - alpha_bar).sqrt())
         c_skip, c_out = self.boundary_scalings(timestep)
         denoised = c_out * self.clip_x0(x0) + c_skip * sample
         x_prev = denoised

@@ -1,8 +1,9 @@
 """PNDM: a linear multistep method along the path of DDIM. What Stable Diffusion 1 ships.
 
-Read after ddim.py. Paper: Liu 2022 (PNDM): eq. 9 is `_transfer`, eq. 12 the four-step rule, eq. 13 the Runge-Kutta
-start. Mirrors: diffusers' scheduling_pndm.py. Stable Diffusion skips the Runge-Kutta start (`skip_prk_steps`): the
-first two steps are then an Euler step and its correction, so n steps evaluate the model n + 1 times.
+Read after ddim.py. Paper: Liu 2022 (PNDM): eq. 9 is `_transfer`, eq. 12 the four-step rule, eq.
+13 the Runge-Kutta start. Mirrors: diffusers' scheduling_pndm.py.
+Stable Diffusion skips the Runge-Kutta start (`skip_prk_steps`): the first two steps are then an Euler step
+and its correction, so n steps evaluate the model n + 1 times.
 Shapes: x_t, eps all [B, C, H, W] or any other; t a number.
 """
 
@@ -20,6 +21,8 @@ from minidiff.schedule import ScheduleConfig, Scheduler, spaced_timesteps, to_ep
 
 @dataclass(frozen=True)
 class PNDMConfig(ScheduleConfig):
+    """Fields and defaults of diffusers' PNDMScheduler."""
+
     skip_prk_steps: bool = False
     set_alpha_to_one: bool = False              # below the first timestep alpha_bar is 1, else alpha_bar_0
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
@@ -28,15 +31,19 @@ class PNDMConfig(ScheduleConfig):
 
 
 class PNDMScheduler(Scheduler):
+    """Deterministic, and with a memory of past steps: call set_timesteps before every walk."""
+
     config_class = PNDMConfig
 
     def __init__(self, config: PNDMConfig | None = None, **fields):
         super().__init__(config, **fields)
-        self.final_alpha_cumprod = torch.tensor(1.0) if self.config.set_alpha_to_one else self.alphas_cumprod[0]
+        self.final_alpha_cumprod = (torch.tensor(1.0) if self.config.set_alpha_to_one
+                                    else self.alphas_cumprod[0])
         self._restart()
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Chooses the timesteps by the config's spacing, some of them twice: the model is asked once for each."""
+        """Chooses the timesteps by the config's spacing, some of them twice: the model is asked once for
+        each."""
         c, T, n = self.config, self.config.num_train_timesteps, num_inference_steps
         check_steps(n, T)
         spaced = spaced_timesteps(c.timestep_spacing, n, T, c.steps_offset)
@@ -77,7 +84,8 @@ class PNDMScheduler(Scheduler):
     def step_prk(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor]:
-        """One of the four evaluations of a Runge-Kutta step (Liu 2022, eq. 13), weights 1/6, 1/3, 1/3, 1/6."""
+        """One of the four evaluations of a Runge-Kutta step (Liu 2022, eq.
+        13), weights 1/6, 1/3, 1/3, 1/6."""
         stage = self.counter % 4
         t_prev = int(timestep) - (0 if self.counter % 2 else self._stride() // 2)
         t = self.prk_timesteps[self.counter - stage]
@@ -96,7 +104,8 @@ class PNDMScheduler(Scheduler):
     def step_plms(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor]:
-        """One step of the Adams-Bashforth rule on the last four outputs (Liu 2022, eq. 12), fewer at the start."""
+        """One step of the Adams-Bashforth rule on the last four outputs (Liu 2022, eq.
+        12), fewer at the start."""
         if not self.config.skip_prk_steps and len(self.ets) < 3:
             raise ValueError("step_plms comes after the 12 evaluations of the Runge-Kutta start (step_prk)")
         t, x, eps = int(timestep), sample, model_output

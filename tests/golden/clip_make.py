@@ -20,12 +20,14 @@ IDS = [[48, 5, 9, 49, 49, 49], [48, 1, 2, 3, 4, 49], [48, 7, 49, 0, 0, 0]]
 
 
 def text(width, layers, heads, act="quick_gelu", projection=None):
-    return dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
+    return dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+                intermediate_size=4 * width,
                 hidden_act=act, projection_dim=projection or width)  # fmt: skip
 
 
 def vision(width, layers, heads, patch, act="quick_gelu"):
-    return dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
+    return dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+                intermediate_size=4 * width,
                 patch_size=patch, hidden_act=act)  # fmt: skip
 
 
@@ -42,7 +44,8 @@ PUBLISHED = {
 def build(package, kind, text_values, vision_values, projection):
     if kind == "CLIPModel":
         return package.CLIPModel(
-            package.CLIPConfig(text_config=text_values, vision_config=vision_values, projection_dim=projection)
+            package.CLIPConfig(text_config=text_values, vision_config=vision_values,
+                               projection_dim=projection)
         )
     return getattr(package, kind)(package.CLIPTextConfig(**{**text_values, "projection_dim": projection}))
 
@@ -56,7 +59,8 @@ def packed(state_dict, prefix=""):
         entry = folded.setdefault(name, {"shape": list(tensor.shape), "layers": 0})
         assert entry["shape"] == list(tensor.shape)
         entry["layers"] += bool(match)
-    return {name: [*e["shape"], f"x{e['layers']}"] if e["layers"] else e["shape"] for name, e in folded.items()}
+    return {name: [*e["shape"], f"x{e['layers']}"] if e["layers"] else e["shape"]
+            for name, e in folded.items()}
 
 
 def fill(model):
@@ -65,7 +69,8 @@ def fill(model):
         for number, (name, p) in enumerate(sorted(model.named_parameters())):
             if p.ndim:
                 steps = torch.arange(p.numel(), dtype=torch.float64)
-                wave = torch.sin(steps * 0.37 + number) * 0.25 + (0.8 if "norm" in name and "weight" in name else 0)
+                wave = torch.sin(steps * 0.37 + number) * 0.25 + (0.8 if "norm" in name and "weight" in name
+                                                                  else 0)
                 p.copy_(wave.view(p.shape))
     return model.double().eval()
 
@@ -75,7 +80,8 @@ def pixels():
 
 
 def outputs(model):
-    out = model(input_ids=torch.tensor(IDS), pixel_values=pixels(), return_loss=True, output_hidden_states=True)
+    out = model(input_ids=torch.tensor(IDS), pixel_values=pixels(), return_loss=True,
+                output_hidden_states=True)
     text_out, vision_out = out.text_model_output, out.vision_model_output
     return {
         "loss": out.loss,

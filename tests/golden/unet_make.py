@@ -1,4 +1,5 @@
-"""Writes unet_keys.json, the keys and shapes of real UNets, from diffusers: python -m tests.golden.unet_make"""
+"""Writes unet_keys.json, the keys and shapes of real UNets,
+from diffusers: python -m tests.golden.unet_make"""
 
 from __future__ import annotations
 
