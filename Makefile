@@ -21,6 +21,9 @@ RUN := $(BIN)/python
 DEMO_OUT ?= out/calligraphy
 CLIP_OUT ?= out/herbs
 
+# train and data under these names from any folder: --editable knows the packages only
+ON_PATH = import os, pathlib, sysconfig; pathlib.Path(sysconfig.get_path('purelib'), 'checkout.pth').write_text(os.getcwd())
+
 .PHONY: setup demo demo-clip test parity faults bench clean
 
 setup: $(VENV)/base.stamp
@@ -32,6 +35,7 @@ $(VENV)/base.stamp: pyproject.toml | $(RUN)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(if $(TORCH_INDEX),$(RUN) -m pip install --quiet --index-url $(TORCH_INDEX) torch torchvision)
 	$(RUN) -m pip install --quiet --editable .
+	$(RUN) -c "$(ON_PATH)"
 	$(RUN) -c "open('$@', 'w')"
 
 $(VENV)/test.stamp: $(VENV)/base.stamp

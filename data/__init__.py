@@ -1,1 +1,1 @@
-"""The committed picture sets, their makers and the reader of a user's own pictures (`data.folder`)."""
+"""The committed picture sets and their makers. (A user's own pictures are read by train/data/.)"""

@@ -1,6 +1,6 @@
 """Renders calligraphy from fonts: the 20 committed pictures again, or any other characters and hands.
 
-Read after: data/folder.py, which reads what this writes (class folders and a captions.csv).
+Read after: nothing. train/data/ reads what this writes (class folders and a captions.csv).
     python -m data.make_calligraphy --out DIR --fonts FONTS --fetch    the committed 20, fonts fetched first
     python -m data.make_calligraphy --out DIR --fonts FONTS --common 1000 --size 64
 Only --fetch touches the network, through apt-get and npm. Without it, a missing font is one clear line.
@@ -22,8 +22,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data.folder import DataError
-
 OVERSAMPLE = 4      # drawn this much larger and averaged down: smoother edges than the rasteriser's own
 FILL = 0.84         # the long side of the ink, as a share of the picture
 EM = 0.92           # the em, as a share of the picture, where sizes must stay comparable (一 beside 龜)
@@ -34,7 +32,13 @@ CHARACTERS = "春滿乾坤"
 FREQUENCIES = "Unihan_DictionaryLikeData.txt.bz2"
 
 
+class MakerError(ValueError):
+    """Something that a maker of picture sets needs is missing or broken; one line."""
+
+
 class Font(NamedTuple):
+    """A hand: the file that draws it, where that comes from, and the names its pictures go by."""
+
     style: str      # file name of the pictures
     hand: str       # its name in a caption
     file: str       # looked for anywhere below the fonts folder
@@ -80,13 +84,13 @@ MORE_FONTS = [
 ]
 
 
-# ---- finding and fetching fonts
+# --------------------------------------------------------------------------------- finding and fetching fonts
 
 def find(folder: Path, name: str, how: str) -> Path:
-    """The file called `name` anywhere below `folder`; DataError that says how to get it."""
+    """The file called `name` anywhere below `folder`; MakerError that says how to get it."""
     found = sorted(path for path in Path(folder).rglob(name) if path.is_file())
     if not found:
-        raise DataError(f"{name}: not below {folder}; it comes with {how}: add --fetch, or put it there")
+        raise MakerError(f"{name}: not below {folder}; it comes with {how}: add --fetch, or put it there")
     return found[0]
 
 
@@ -103,14 +107,16 @@ def fetch(package: str, names: list[str], folder: Path):
 
 
 def run_client(command: list[str], where: Path, package: str):
+    """Runs apt-get, dpkg-deb or npm in the folder `where`. Raises MakerError where it is missing or fails,
+    and TimeoutExpired after ten minutes."""
     program = shutil.which(command[0])  # also finds npm.cmd on Windows
     if program is None:
-        raise DataError(f"{package}: cannot be fetched, no {command[0]} here; put its files there by hand")
+        raise MakerError(f"{package}: cannot be fetched, no {command[0]} here; put its files there by hand")
     done = subprocess.run([program, *command[1:]], cwd=where, capture_output=True, timeout=600, check=False,
                           encoding="utf-8", errors="replace")
     if done.returncode:
         reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
-        raise DataError(f"{package}: {command[0]} failed with {done.returncode}: {reason}")
+        raise MakerError(f"{package}: {command[0]} failed with {done.returncode}: {reason}")
 
 
 def _unpack_debian(package: str, version: str, names: list[str], scratch: Path, folder: Path):
@@ -122,7 +128,8 @@ def _unpack_debian(package: str, version: str, names: list[str], scratch: Path, 
 
 
 def _unpack_npm(package: str, version: str, names: list[str], scratch: Path, folder: Path):
-    run_client(["npm", "pack", "--silent", f"{package}@{version}"], scratch, package)  # a tarball: no scripts run
+    # a tarball: no scripts run
+    run_client(["npm", "pack", "--silent", f"{package}@{version}"], scratch, package)
     with tarfile.open(next(scratch.glob("*.tgz"))) as archive:
         for member in archive:
             name = PurePosixPath(member.name).name  # the name alone: an archive's paths may lead elsewhere
@@ -130,14 +137,14 @@ def _unpack_npm(package: str, version: str, names: list[str], scratch: Path, fol
                 (folder / name).write_bytes(archive.extractfile(member).read())
 
 
-# ---- drawing
+# ---------------------------------------------------------------------------------------------------- drawing
 
 @functools.lru_cache(maxsize=64)  # opening a .woff2 means decompressing all of it: 0.1 s
 def _face(path: Path, size: float, index: int) -> ImageFont.FreeTypeFont:
     try:
         return ImageFont.truetype(os.fspath(path), size, index=index)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a font that Pillow can open ({error})") from None
+        raise MakerError(f"{path}: not a font that Pillow can open ({error})") from None
 
 
 @functools.lru_cache(maxsize=64)
@@ -155,7 +162,7 @@ def draw(path: Path, character: str, size: float, index: int = 0):
     margin = round(size / 8)  # brush fonts stick out of their own boxes
     width, height = right - left, bottom - top
     if max(width, height) > 8 * size:
-        raise DataError(f"{path}: the glyph of {character!r} is {width}x{height} pixels at an em of {size}")
+        raise MakerError(f"{path}: the glyph of {character!r} is {width}x{height} pixels at an em of {size}")
     image = Image.new("L", (width + 2 * margin, height + 2 * margin), 0)
     ImageDraw.Draw(image).text((margin - left, margin - top), character, font=face, fill=255)
     # a font may map a character to an empty glyph: half of those in the Kouzan fonts are
@@ -204,7 +211,7 @@ def _difference(pictures: list, others: list) -> float:
     return float(np.median([abs(a - b).sum() / np.maximum(a, b).sum() for a, b in both])) if both else 1.0
 
 
-# ---- which characters, which hands
+# ------------------------------------------------------------------------------ which characters, which hands
 
 def common_characters(table: Path) -> list[str]:
     """Unihan's kFrequency: characters of class 1 (commonest in traditional text) to 5, each by code point."""
@@ -214,7 +221,7 @@ def common_characters(table: Path) -> list[str]:
         rows = [line.split("\t") for line in lines if "\tkFrequency\t" in line]
         ranked = sorted((int(rank), chr(int(code.removeprefix("U+"), 16))) for code, _, rank in rows)
     except (ValueError, EOFError, OSError) as error:
-        raise DataError(f"{table}: not Unihan's table of frequencies ({error})") from None
+        raise MakerError(f"{table}: not Unihan's table of frequencies ({error})") from None
     return [character for _, character in ranked]
 
 
@@ -226,13 +233,13 @@ def choose_fonts(names: list[str] | None) -> list[Font]:
         style, _, file = name.partition("=")
         if not known and not (style and file and Path(style).name == style):
             styles = " ".join(font.style for font in FONTS + MORE_FONTS)
-            raise DataError(f"--hands {name!r}: not one of {styles}, nor NAME=FILE")
+            raise MakerError(f"--hands {name!r}: not one of {styles}, nor NAME=FILE")
         fonts.append(known[0] if known else Font(style, style, file, "", "unknown"))
     return fonts
 
 
 def locate(fonts: list[Font], folder: Path, download: bool) -> list[tuple[Font, Path]]:
-    """Each font with its file; DataError when one is missing (its download is asked for with --fetch)."""
+    """Each font with its file; MakerError when one is missing (its download is asked for with --fetch)."""
     if download:
         for package in dict.fromkeys(font.package for font in fonts if font.package):
             fetch(package, [font.file for font in fonts if font.package == package], folder)
@@ -260,7 +267,7 @@ def write(out: Path, fonts: list[tuple[Font, Path]], characters: list[str], size
         if done == most:
             break
     if not rows:
-        raise DataError("no character has ink in all these hands: nothing written")
+        raise MakerError("no character has ink in all these hands: nothing written")
     with open(out / "captions.csv", "w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerows([["file", "caption", "character", "hand", "style", "package", "licence"], *rows])
@@ -268,6 +275,7 @@ def write(out: Path, fonts: list[tuple[Font, Path]], characters: list[str], size
 
 
 def arguments(argv=None) -> argparse.Namespace:
+    """The flags of data.make_calligraphy; argv None stands for those of the process."""
     parser = argparse.ArgumentParser("python -m data.make_calligraphy", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder to write")
     parser.add_argument("--fonts", type=Path, default=Path("out/fonts"), help="folder with the fonts")
@@ -281,12 +289,16 @@ def arguments(argv=None) -> argparse.Namespace:
 
 
 def main(argv=None) -> int:
+    """Writes the pictures and captions.csv, or with --list prints the hands. Returns the exit status.
+
+    Raises MakerError for flags that cannot work, fonts that are missing and glyphs that cannot be drawn.
+    """
     args = arguments(argv)
     if args.list:
         print("\n".join(f"{f.style:15} {f.hand:15} {f.package:50} {f.licence}" for f in FONTS + MORE_FONTS))
         return 0
     if args.out is None or not 8 <= args.size <= 1024 or args.common < 0:
-        raise DataError("--out: a folder is needed" if args.out is None else
+        raise MakerError("--out: a folder is needed" if args.out is None else
                         f"--size {args.size}: must be 8 to 1024" if args.common >= 0 else
                         f"--common {args.common}: must not be negative")
     characters = list(dict.fromkeys("".join(args.characters.split())))
@@ -295,7 +307,7 @@ def main(argv=None) -> int:
             fetch("Debian unicode-data 15.0.0-1", [FREQUENCIES], args.fonts)
         characters = common_characters(find(args.fonts, FREQUENCIES, "Debian unicode-data"))
     elif not characters or any(not c.isprintable() or c in '/\\.<>:"|?*' for c in characters):
-        raise DataError(f"--characters {args.characters!r}: each must be a character that can name a folder")
+        raise MakerError(f"--characters {args.characters!r}: each must be a character that can name a folder")
     most = args.common or len(characters)
     fonts = distinct(locate(choose_fonts(args.hands), args.fonts, args.fetch), "".join(characters))
     rows = write(args.out, fonts, characters, args.size, most >= LARGE_SET, most)
@@ -308,5 +320,5 @@ if __name__ == "__main__":
         stream.reconfigure(encoding="utf-8", errors="replace")  # Chinese on any Windows console
     try:
         sys.exit(main())
-    except (DataError, OSError, subprocess.TimeoutExpired) as error:
+    except (MakerError, OSError, subprocess.TimeoutExpired) as error:
         sys.exit(f"error: {error}")

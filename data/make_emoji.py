@@ -2,8 +2,9 @@
 
 Read after: data/make_calligraphy.py, whose way to fetch it uses. Read before: train/train_clip.py.
     python -m data.make_emoji --out out/emoji --packages out/packages --fetch
-Only --fetch touches the network, through npm. The same thing drawn by two artists makes an honest test: train on one
-(`--hold-out artist=twitter`), ask about the other. Nothing of it is committed; data/LICENSES.md names the terms.
+Only --fetch touches the network, through npm. The same thing drawn by two artists makes an honest test: train
+on one (`--hold-out artist=twitter`), ask about the other.
+Nothing of it is committed; data/LICENSES.md names the terms.
 """
 
 import argparse
@@ -14,8 +15,7 @@ import sys
 import tarfile
 from pathlib import Path, PurePosixPath
 
-from data.folder import DataError
-from data.make_calligraphy import run_client
+from data.make_calligraphy import MakerError, run_client
 
 ARTISTS = {"google": "emoji-datasource-google@16.0.0", "twitter": "emoji-datasource-twitter@16.0.0"}
 NAMES = "cldr-annotations-full@48.2.0"
@@ -25,7 +25,7 @@ MAX_MEMBER = 64 * 2**20         # bytes of one file in a package
 
 
 def archive(folder: Path, package: str, download: bool) -> Path:
-    """The package's .tgz in `folder`; fetched if asked for, else DataError says how to get it."""
+    """The package's .tgz in `folder`; fetched if asked for, else MakerError says how to get it."""
     name, _, version = package.rpartition("@")
     path = folder / f"{name}-{version}.tgz"
     if not path.is_file() and download:
@@ -33,7 +33,7 @@ def archive(folder: Path, package: str, download: bool) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         run_client(["npm", "pack", "--silent", package], folder, package)   # a tarball: no scripts run
     if not path.is_file():
-        raise DataError(f"{path}: no such file; it is npm's {package}: add --fetch, or put it there")
+        raise MakerError(f"{path}: no such file; it is npm's {package}: add --fetch, or put it there")
     return path
 
 
@@ -47,17 +47,18 @@ def members(path: Path, wanted) -> dict[str, bytes]:
                 if member.isfile() and member.size <= MAX_MEMBER and wanted(inner):
                     found[inner] = package.extractfile(member).read()
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(f"{path}: not a package that can be read ({error})") from None
+        raise MakerError(f"{path}: not a package that can be read ({error})") from None
     return found
 
 
 def read_json(files: dict[str, bytes], inner: str, path: Path):
+    """One file of `members`, parsed. Raises MakerError, which names the package at `path`."""
     try:
         return json.loads(files[inner].decode("utf-8"))
     except KeyError:
-        raise DataError(f"{path}: holds no {inner}") from None
+        raise MakerError(f"{path}: holds no {inner}") from None
     except ValueError as error:
-        raise DataError(f"{path}: {inner} is not JSON ({error})") from None
+        raise MakerError(f"{path}: {inner} is not JSON ({error})") from None
 
 
 def read_names(path: Path) -> list[dict[str, str]]:
@@ -69,7 +70,8 @@ def read_names(path: Path) -> list[dict[str, str]]:
 
 
 def choose(emoji: list[dict], tables: list[dict[str, str]]) -> list[tuple[str, list[str]]]:
-    """File name and names of each emoji that both artists drew and that has a name of its own in each language."""
+    """File name and names of each emoji that both artists drew and that has a name of its own in each
+    language."""
     chosen, taken = [], [set() for _ in tables]
     for entry in emoji:
         sign = "".join(chr(int(code, 16)) for code in entry["unified"].split("-")).replace(VARIATION, "")
@@ -99,10 +101,17 @@ def write(out: Path, chosen: list[tuple[str, list[str]]], packages: dict[str, Pa
 
 
 def main(argv=None) -> int:
+    """Writes both artists' pictures and captions.csv. Returns the exit status.
+
+    Raises MakerError for a package that is missing or cannot be read.
+    """
     parser = argparse.ArgumentParser("python -m data.make_emoji", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("out/emoji"), help="folder to write (default: %(default)s)")
-    parser.add_argument("--packages", type=Path, default=Path("out/packages"), help="folder with the npm packages")
-    parser.add_argument("--fetch", action="store_true", help="download the packages that are missing (about 150 MB)")
+    parser.add_argument("--out", type=Path, default=Path("out/emoji"),
+                        help="folder to write (default: %(default)s)")
+    parser.add_argument("--packages", type=Path, default=Path("out/packages"),
+                        help="folder with the npm packages")
+    parser.add_argument("--fetch", action="store_true",
+                        help="download the packages that are missing (about 150 MB)")
     args = parser.parse_args(argv)
     packages = {artist: archive(args.packages, package, args.fetch) for artist, package in ARTISTS.items()}
     tables = read_names(archive(args.packages, NAMES, args.fetch))
@@ -117,5 +126,5 @@ if __name__ == "__main__":
         stream.reconfigure(encoding="utf-8", errors="replace")  # Chinese on any Windows console
     try:
         sys.exit(main())
-    except (DataError, OSError, subprocess.TimeoutExpired) as error:
+    except (MakerError, OSError, subprocess.TimeoutExpired) as error:
         sys.exit(f"error: {error}")

@@ -12,15 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from data.folder import (
-    DataError,
-    PictureFolder,
-    caption_columns,
-    columns_of,
-    jitter,
-    list_pictures,
-    read_picture,
-)
+from train.data.augment import jitter
+from train.data.folder import CaptionedImages
+from train.data.image import read_image
+from train.data.table import caption_columns, columns_of, list_captioned
+from train.errors import DataError
 
 torch.set_num_threads(1)
 DATA = Path(__file__).parent.parent / "data"
@@ -44,14 +40,14 @@ def fails(call, *words):
     assert "\n" not in message and all(word in message for word in words), message
 
 
-# ---- the committed sets
+# ----------------------------------------------------------------------------------------- the committed sets
 
 def test_the_20_pictures_and_their_captions():
-    folder = PictureFolder(DATA / "calligraphy", size=64)
+    folder = CaptionedImages(DATA / "calligraphy", size=64)
     assert len(folder) == len(set(folder.captions)) == 20
     assert folder.captions[:5] == ["春 楷書", "春 行書", "春 草書", "春 行楷", "春 重楷"]
     assert [caption[0] for caption in folder.captions] == [c for c in "春滿乾坤" for _ in range(5)]
-    pictures = folder.pictures()
+    pictures = folder.images()
     assert pictures.shape == (20, 1, 64, 64) and pictures.dtype == torch.float32
     assert pictures.max() == 1 and (pictures.amin((1, 2, 3)) < -0.9).all()     # white paper, black ink
     assert 0.5 < pictures.mean() < 0.9
@@ -60,7 +56,7 @@ def test_the_20_pictures_and_their_captions():
 
 
 def test_calligraphy_at_its_own_size_is_untouched():
-    folder = PictureFolder(DATA / "calligraphy", size=128)
+    folder = CaptionedImages(DATA / "calligraphy", size=128)
     with Image.open(folder.entries[0].path) as image:
         assert bytes(folder._bytes(0).numpy()) == image.tobytes()
 
@@ -75,13 +71,13 @@ def test_calligraphy_table_agrees_with_its_files():
 
 
 def test_the_herbs_in_three_languages():
-    assert PictureFolder(DATA / "herbs", 64, 3, caption_column="zh-Hant").captions[2] == "草藥"
-    herbs = PictureFolder(DATA / "herbs", (32, 48), 3, caption_column="en")
-    assert herbs.pictures().shape == (8, 3, 32, 48) and herbs.captions[0] == "ginger root"
-    assert (herbs.pictures()[:, :, 0, 0] == 1).all()                           # transparent became white
+    assert CaptionedImages(DATA / "herbs", 64, 3, caption_column="zh-Hant").captions[2] == "草藥"
+    herbs = CaptionedImages(DATA / "herbs", (32, 48), 3, caption_column="en")
+    assert herbs.images().shape == (8, 3, 32, 48) and herbs.captions[0] == "ginger root"
+    assert (herbs.images()[:, :, 0, 0] == 1).all()                           # transparent became white
 
 
-# ---- layouts
+# ---------------------------------------------------------------------------------------------------- layouts
 
 def test_class_folders_sorted_nested_and_nfc(tmp_path):
     picture(tmp_path / "乾" / "二.png")
@@ -90,7 +86,7 @@ def test_class_folders_sorted_nested_and_nfc(tmp_path):
     picture(tmp_path / unicodedata.normalize("NFD", "café") / "1.png")
     picture(tmp_path / "乾" / "._一.png")                                       # what macOS leaves behind
     (tmp_path / "乾" / "notes.txt").write_text("x", encoding="utf-8")
-    found = list_pictures(tmp_path)
+    found = list_captioned(tmp_path)
     assert [p.caption for p in found] == ["café", "fruit red apple", "乾", "乾"]
     assert [p.path.name for p in found][2:] == ["一.PNG", "二.png"]
 
@@ -98,44 +94,47 @@ def test_class_folders_sorted_nested_and_nfc(tmp_path):
 def test_csv_with_bom_alias_other_column_and_backslashes(tmp_path):
     picture(tmp_path / "圖" / "春.png")
     table(tmp_path, "name,image\n  春   草書 ,圖\\春.png\n\n", "utf-8-sig")
-    [found] = list_pictures(tmp_path, "name")
+    [found] = list_captioned(tmp_path, "name")
     assert found.caption == "春 草書" and found.path.name == "春.png"
 
 
 def test_csv_finds_a_name_spelled_in_the_other_normal_form(tmp_path):
     picture(tmp_path / unicodedata.normalize("NFD", "é.png"))
     table(tmp_path, "file,caption\n" + unicodedata.normalize("NFC", "é.png") + ",x\n")
-    assert list_pictures(tmp_path)[0].caption == "x"
+    assert list_captioned(tmp_path)[0].caption == "x"
 
 
 @pytest.mark.parametrize("text", [
     "file;caption;artist\na.png;red, ripe;x\n", "file\tcaption\na.png\tred, ripe\n",
-    'File,Caption\na.png,"red, ripe"\n', 'IMAGE;CAPTION\na.png;"red, ripe"\n', "caption;file\nred, ripe;a.png\n",
-    'file,caption;note,caption\na.png,x;y,"red, ripe",\n',          # commas give a column `file`: commas it is
+    'File,Caption\na.png,"red, ripe"\n', 'IMAGE;CAPTION\na.png;"red, ripe"\n',
+    "caption;file\nred, ripe;a.png\n",
+    # commas give a column `file`: commas it is
+    'file,caption;note,caption\na.png,x;y,"red, ripe",\n',
 ])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_the_header_says_how_a_table_is_split_and_in_which_letters(tmp_path, text, encoding):
     picture(tmp_path / "a.png")
     table(tmp_path, text, encoding)
-    [found] = list_pictures(tmp_path)
+    [found] = list_captioned(tmp_path)
     assert found.caption == "red, ripe" and found.path.name == "a.png"
 
 
 def test_a_column_written_just_so_goes_before_one_in_other_letters(tmp_path):
     picture(tmp_path / "a.png")
     table(tmp_path, "File,image,Caption,caption\nno,a.png,no,yes\n")
-    assert [(p.path.name, p.caption) for p in list_pictures(tmp_path)] == [("a.png", "yes")]
+    assert [(p.path.name, p.caption) for p in list_captioned(tmp_path)] == [("a.png", "yes")]
     assert columns_of(tmp_path) == ["File", "image", "Caption", "caption"]
 
 
 def test_fields_too_many_that_are_blank_lose_nothing(tmp_path):
     picture(tmp_path / "a.png")
     table(tmp_path, "file,caption\na.png,red,, \n")
-    assert list_pictures(tmp_path)[0].caption == "red"
+    assert list_captioned(tmp_path)[0].caption == "red"
 
 
 @pytest.mark.parametrize("header, columns", [
-    ("file,caption,en", ["caption"]), ("Caption;file;en", ["Caption"]), ("image,name,english,shop,", ["name", "english"]),
+    ("file,caption,en", ["caption"]), ("Caption;file;en", ["Caption"]),
+    ("image,name,english,shop,", ["name", "english"]),
     ("file,en,Licence,SOURCE", ["en"]), ('file,"a,b",en', ["en"]),
 ])
 def test_which_columns_are_captions(tmp_path, header, columns):
@@ -148,12 +147,12 @@ def test_which_columns_are_captions(tmp_path, header, columns):
 
 
 def test_layout_errors(tmp_path):
-    fails(lambda: list_pictures(tmp_path / "no"), "no such folder")
+    fails(lambda: list_captioned(tmp_path / "no"), "no such folder")
     file = picture(tmp_path / "x.png")
-    fails(lambda: list_pictures(file), "x.png", "not a folder")
-    fails(lambda: list_pictures(tmp_path), "x.png", "one folder a class", "captions.csv")
+    fails(lambda: list_captioned(file), "x.png", "not a folder")
+    fails(lambda: list_captioned(tmp_path), "x.png", "one folder a class", "captions.csv")
     (tmp_path / "empty").mkdir()
-    fails(lambda: list_pictures(tmp_path / "empty"), "empty", "no pictures")
+    fails(lambda: list_captioned(tmp_path / "empty"), "empty", "no pictures")
 
 
 @pytest.mark.parametrize("text, words", [
@@ -162,7 +161,8 @@ def test_layout_errors(tmp_path):
     ("path,caption\na.png,x\n", ["no column 'file'", "'path', 'caption'"]),
     ("file,name\na.png,x\n", ["no column 'caption'", "'file', 'name'", "--caption-column"]),
     ("file;name\na.png;x\n", ["no column 'caption'", "'file', 'name'"]),
-    ("file,caption\na.png,x\na.png,red, ripe\n", ["line 3", "row: 3,", "header: 2;", "a comma in double quotes"]),
+    ("file,caption\na.png,x\na.png,red, ripe\n",
+     ["line 3", "row: 3,", "header: 2;", "a comma in double quotes"]),
     ("caption,file\nred, ripe,a.png\n", ["line 2", "row: 3,", "header: 2;", "double quotes"]),
     ('file,caption\na.png, "red, ripe"\n', ["line 2", "double quotes", "no space before them"]),
     ("file;caption\na.png;red; ripe\n", ["line 2", "row: 3,", "header: 2;", "a semicolon in double quotes"]),
@@ -184,13 +184,13 @@ def test_csv_errors_name_the_line_and_the_value(tmp_path, text, words):
     picture(tmp_path / "set" / "a.png")
     (tmp_path / "set" / "sub").mkdir()
     table(tmp_path / "set", text)
-    fails(lambda: list_pictures(tmp_path / "set"), "captions.csv", *words)
+    fails(lambda: list_captioned(tmp_path / "set"), "captions.csv", *words)
 
 
 def test_csv_not_in_utf8(tmp_path):
     picture(tmp_path / "a.png")
     table(tmp_path, "file,caption\na.png,春\n", "big5")
-    fails(lambda: list_pictures(tmp_path), "captions.csv", "not UTF-8", "offset 19")
+    fails(lambda: list_captioned(tmp_path), "captions.csv", "not UTF-8", "offset 19")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
@@ -199,12 +199,12 @@ def test_a_pipe_and_a_link_that_leaves_the_folder(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a.png").symlink_to(outside)
     table(tmp_path / "set", "file,caption\na.png,x\n")
-    fails(lambda: list_pictures(tmp_path / "set"), "a.png", "outside")
+    fails(lambda: list_captioned(tmp_path / "set"), "a.png", "outside")
     os.mkfifo(tmp_path / "pipe.png")
-    fails(lambda: read_picture(tmp_path / "pipe.png", 8, 1), "pipe.png", "plain file")     # and does not hang
+    fails(lambda: read_image(tmp_path / "pipe.png", 8, 1), "pipe.png", "plain file")     # and does not hang
 
 
-# ---- one picture
+# ------------------------------------------------------------------------------------------------ one picture
 
 @pytest.mark.parametrize("mode, color, grey", [
     ("L", 100, 100), ("RGB", (100, 100, 100), 100), ("RGBA", (0, 0, 0, 0), 255), ("RGBA", (0, 0, 0, 255), 0),
@@ -212,9 +212,9 @@ def test_a_pipe_and_a_link_that_leaves_the_folder(tmp_path):
 ])
 def test_modes(tmp_path, mode, color, grey):
     path = picture(tmp_path / "x.png", mode, color=color)
-    assert read_picture(path, 4, 1).unique().tolist() == [grey]
-    assert read_picture(path, 4, 3).unique().tolist() == [grey]
-    assert read_picture(path, 4, 3).shape == (3, 4, 4) and read_picture(path, 4, 1).dtype == torch.uint8
+    assert read_image(path, 4, 1).unique().tolist() == [grey]
+    assert read_image(path, 4, 3).unique().tolist() == [grey]
+    assert read_image(path, 4, 3).shape == (3, 4, 4) and read_image(path, 4, 1).dtype == torch.uint8
 
 
 def test_palette_with_and_without_transparency(tmp_path):
@@ -223,18 +223,18 @@ def test_palette_with_and_without_transparency(tmp_path):
     image.save(tmp_path / "opaque.png")
     image.save(tmp_path / "clear.png", transparency=1)
     image.save(tmp_path / "opaque.gif")
-    assert read_picture(tmp_path / "opaque.png", 2, 3)[:, 0, 0].tolist() == [200, 100, 0]
-    assert read_picture(tmp_path / "opaque.gif", 2, 3)[:, 0, 0].tolist() == [200, 100, 0]
-    assert read_picture(tmp_path / "clear.png", 2, 3).unique().tolist() == [255]
+    assert read_image(tmp_path / "opaque.png", 2, 3)[:, 0, 0].tolist() == [200, 100, 0]
+    assert read_image(tmp_path / "opaque.gif", 2, 3)[:, 0, 0].tolist() == [200, 100, 0]
+    assert read_image(tmp_path / "clear.png", 2, 3).unique().tolist() == [255]
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "webp", "bmp", "tiff"])
 def test_formats_and_cmyk(tmp_path, suffix):
     path = picture(tmp_path / f"春.{suffix}", "RGB", (20, 10), (250, 0, 0))
-    assert (read_picture(path, (10, 20), 3)[:, 5, 5].int() - torch.tensor([250, 0, 0])).abs().max() < 8
+    assert (read_image(path, (10, 20), 3)[:, 5, 5].int() - torch.tensor([250, 0, 0])).abs().max() < 8
     if suffix in ("jpg", "tiff"):
         cmyk = picture(tmp_path / f"cmyk.{suffix}", "CMYK", color=(0, 0, 0, 255))
-        assert read_picture(cmyk, 4, 1).max() < 8
+        assert read_image(cmyk, 4, 1).max() < 8
 
 
 def test_exif_rotation(tmp_path):
@@ -243,16 +243,16 @@ def test_exif_rotation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6                                # "turn me 90 degrees clockwise": then black is on top
     image.save(tmp_path / "x.png", exif=exif)
-    assert read_picture(tmp_path / "x.png", (20, 10), 1)[0, [2, 17], 5].tolist() == [0, 255]
+    assert read_image(tmp_path / "x.png", (20, 10), 1)[0, [2, 17], 5].tolist() == [0, 255]
 
 
 def test_pad_keeps_everything_and_crop_fills(tmp_path):
     path = picture(tmp_path / "wide.png", size=(40, 20))
-    padded = read_picture(path, 16, 1)
+    padded = read_image(path, 16, 1)
     assert padded[0, :, 8].tolist() == [255] * 4 + [0] * 8 + [255] * 4
-    assert read_picture(path, 16, 1, fit="crop").max() == 0
+    assert read_image(path, 16, 1, fit="crop").max() == 0
     thin = picture(tmp_path / "thin.png", size=(20_000, 1))
-    assert read_picture(thin, 16, 1).shape == read_picture(thin, 16, 1, fit="crop").shape == (1, 16, 16)
+    assert read_image(thin, 16, 1).shape == read_image(thin, 16, 1, fit="crop").shape == (1, 16, 16)
 
 
 def png_header(width, height):
@@ -266,7 +266,7 @@ def png_header(width, height):
 @pytest.mark.parametrize("side", [9_000, 12_000, 100_000])      # our limit, Pillow's warning, Pillow's error
 def test_a_decompression_bomb_is_refused_from_its_header(tmp_path, side):
     (tmp_path / "bomb.png").write_bytes(png_header(side, side))
-    fails(lambda: read_picture(tmp_path / "bomb.png", 8, 1), "bomb.png", "pixels", "limit")
+    fails(lambda: read_image(tmp_path / "bomb.png", 8, 1), "bomb.png", "pixels", "limit")
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tiff"])
@@ -278,7 +278,7 @@ def test_truncated_pictures(tmp_path, suffix):
     for share in (0.03, 0.3, 0.6):
         path = tmp_path / f"cut.{suffix}"
         path.write_bytes(data[:int(len(data) * share)])
-        fails(lambda path=path: read_picture(path, 8, 1), f"cut.{suffix}")
+        fails(lambda path=path: read_image(path, 8, 1), f"cut.{suffix}")
 
 
 def test_not_a_picture(tmp_path):
@@ -286,22 +286,22 @@ def test_not_a_picture(tmp_path):
                              ("eps.png", b"%!PS-Adobe EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
                              ("head.png", b"\x89PNG\r\n\x1a\n", "head.png")]:
         (tmp_path / name).write_bytes(data)
-        fails(lambda name=name: read_picture(tmp_path / name, 8, 1), word)
-    fails(lambda: read_picture(tmp_path / "gone\n.png", 8, 1), "gone .png", "cannot be read")
-    fails(lambda: read_picture(tmp_path, 8, 1), "plain file")
+        fails(lambda name=name: read_image(tmp_path / name, 8, 1), word)
+    fails(lambda: read_image(tmp_path / "gone\n.png", 8, 1), "gone .png", "cannot be read")
+    fails(lambda: read_image(tmp_path, 8, 1), "plain file")
 
 
 def test_bad_arguments():
     path = DATA / "calligraphy" / "春" / "yuji-syuku.png"
-    fails(lambda: read_picture(path, 0, 1), "size 0")
-    fails(lambda: read_picture(path, (8, 99_999), 1), "99999")
-    fails(lambda: read_picture(path, 8, 2), "channels 2")
-    fails(lambda: read_picture(path, 8, 1, fit="stretch"), "'stretch'")
+    fails(lambda: read_image(path, 0, 1), "size 0")
+    fails(lambda: read_image(path, (8, 99_999), 1), "99999")
+    fails(lambda: read_image(path, 8, 2), "channels 2")
+    fails(lambda: read_image(path, 8, 1, fit="stretch"), "'stretch'")
 
 
 def test_the_folder_reads_each_file_once(tmp_path):
     picture(tmp_path / "a" / "1.png", color=50)
-    folder = PictureFolder(tmp_path, 4)
+    folder = CaptionedImages(tmp_path, 4)
     first = folder[0][0]
     (tmp_path / "a" / "1.png").unlink()
     assert torch.equal(folder[0][0], first) and torch.equal(folder[-1][0], first)
@@ -309,7 +309,7 @@ def test_the_folder_reads_each_file_once(tmp_path):
         folder[1]
 
 
-# ---- jitter
+# ----------------------------------------------------------------------------------------------------- jitter
 
 def rand(*shape):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -355,8 +355,8 @@ def test_jitter_turns_without_stretching_an_oblong_picture():
 
 def test_dataset_with_jitter_and_a_loader():
     moving = partial(jitter, generator=torch.Generator().manual_seed(0))
-    folder = PictureFolder(DATA / "calligraphy", 32, jitter=moving)
+    folder = CaptionedImages(DATA / "calligraphy", 32, jitter=moving)
     assert not torch.equal(folder[0][0], folder[0][0])
     pictures, captions = next(iter(torch.utils.data.DataLoader(folder, batch_size=4)))
     assert pictures.shape == (4, 1, 32, 32) and len(captions) == 4
-    assert torch.equal(folder.pictures(), folder.pictures())                     # these stay clean
+    assert torch.equal(folder.images(), folder.images())                     # these stay clean

@@ -9,9 +9,12 @@ import torch
 from PIL import Image, ImageFont
 
 from data import make_calligraphy
-from data.folder import DataError, PictureFolder, list_pictures
+from data.make_calligraphy import MakerError
 from train import judge
-from train.common import UserError, save_picture
+from train.data.folder import CaptionedImages
+from train.data.grid import save_image
+from train.data.table import list_captioned
+from train.errors import UserError
 
 torch.set_num_threads(1)
 CALLIGRAPHY = Path(__file__).parent.parent / "data" / "calligraphy"
@@ -25,8 +28,8 @@ def generator(seed=0):
 def small():
     """A judge of the four characters, trained for a moment on the committed pictures."""
     torch.manual_seed(0)
-    pictures = ((PictureFolder(CALLIGRAPHY).pictures() + 1) * 127.5).byte()
-    model = judge.Judge(list("春滿乾坤"), width=8)
+    pictures = ((CaptionedImages(CALLIGRAPHY).images() + 1) * 127.5).byte()
+    model = judge.GlyphClassifier(list("春滿乾坤"), width=8)
     judge.train(model, pictures, torch.arange(4).repeat_interleave(5), judge.JudgeConfig(steps=100, batch=32))
     return model
 
@@ -38,16 +41,16 @@ def test_268_characters_each_once():
 
 
 def test_a_judge_learns_names_and_nothing(small):
-    names, probabilities = judge.name_pictures(small, PictureFolder(CALLIGRAPHY).pictures())
+    names, probabilities = judge.classify_images(small, CaptionedImages(CALLIGRAPHY).images())
     assert sum(a == b for a, b in zip(names, "春春春春春滿滿滿滿滿乾乾乾乾乾坤坤坤坤坤", strict=True)) >= 17
     assert probabilities.shape == (20,) and (probabilities > 0.2).all() and (probabilities <= 1).all()
     noise = torch.randn(20, 1, 64, 64, generator=generator()).clamp(-1, 1)
-    assert judge.name_pictures(small, noise)[0].count("none") >= 18
+    assert judge.classify_images(small, noise)[0].count("none") >= 18
 
 
 def test_other_sizes_and_no_gradient(small):
     pictures = torch.ones(3, 1, 128, 96, requires_grad=True)
-    names, probabilities = judge.name_pictures(small, pictures)
+    names, probabilities = judge.classify_images(small, pictures)
     assert len(names) == 3 and not probabilities.requires_grad
 
 
@@ -78,8 +81,8 @@ def test_naming_a_folder(small, tmp_path, capsys):
     by_caption = capsys.readouterr().out.splitlines()
     assert len(by_caption) == 21 and "of 20 =" in by_caption[-1]
     for i in range(3):
-        save_picture(torch.ones(1, 64, 64), tmp_path / "samples" / f"{i:04d}.png")
-    save_picture(torch.ones(1, 200, 200), tmp_path / "samples" / "grid.png")
+        save_image(torch.ones(1, 64, 64), tmp_path / "samples" / f"{i:04d}.png")
+    save_image(torch.ones(1, 200, 200), tmp_path / "samples" / "grid.png")
     flags = {"run": str(tmp_path / "judge"), "pictures": str(tmp_path / "samples")}
     judge.main(judge.JudgeConfig(**flags, expect="春"))
     flat = capsys.readouterr().out.splitlines()
@@ -93,12 +96,12 @@ def test_flags_that_make_no_sense(tmp_path):
         judge.main(judge.JudgeConfig(run="x"))
     with pytest.raises(UserError, match="--expect x"):
         judge.main(judge.JudgeConfig(run="x", pictures="y", expect="x"))
-    with pytest.raises(DataError, match="kouzan-mouhitsu.ttf.*--fetch"):
+    with pytest.raises(UserError, match="kouzan-mouhitsu.ttf.*--fetch"):
         judge.main(judge.JudgeConfig(fonts=str(tmp_path / "none"), out=str(tmp_path / "out")))
 
 
 def test_augment_changes_each_but_keeps_the_range():
-    clean = PictureFolder(CALLIGRAPHY).pictures()
+    clean = CaptionedImages(CALLIGRAPHY).images()
     changed = judge.augment(clean, generator())
     assert changed.shape == clean.shape and changed.min() >= -1 and changed.max() <= 1
     assert torch.equal(changed, judge.augment(clean, generator()))
@@ -107,7 +110,7 @@ def test_augment_changes_each_but_keeps_the_range():
 
 
 def test_every_kind_of_nothing():
-    clean = PictureFolder(CALLIGRAPHY).pictures()[:16]
+    clean = CaptionedImages(CALLIGRAPHY).images()[:16]
     made = judge.nothing(clean, clean.flip(0), generator())
     assert made.shape == clean.shape and made.min() >= -1 and made.max() <= 1
     assert made[3].std() < 1e-6                                                    # blank
@@ -118,7 +121,7 @@ def test_every_kind_of_nothing():
     assert judge.scramble(clean, 3, generator()).shape == clean.shape
 
 
-# ---- the maker, with Pillow's own small Latin font in place of the brushes
+# -------------------------------------- the maker, with Pillow's own small Latin font in place of the brushes
 
 @pytest.fixture
 def latin(tmp_path):
@@ -156,7 +159,7 @@ def test_one_hand_under_two_names_is_dropped(latin, capsys):
     assert make_calligraphy.main(flags) == 0
     said = capsys.readouterr().out
     assert "skipping b: draws the same glyphs as a" in said and "skipping 春: blank in a" in said
-    assert [p.caption for p in list_pictures(latin / "out")] == ["A a", "B a"]
+    assert [p.caption for p in list_captioned(latin / "out")] == ["A a", "B a"]
     assert Image.open(latin / "out" / "A" / "a.png").size == (32, 32)
 
 
@@ -172,13 +175,13 @@ def test_one_hand_under_two_names_is_dropped(latin, capsys):
 ])
 def test_the_makers_errors(flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(MakerError, match=words):
         make_calligraphy.main(flags)
     assert not list(tmp_path.iterdir())                                           # and nothing was written
 
 
 def test_the_committed_captions_are_the_makers():
     captions = [f"{c} {font.hand}" for c in make_calligraphy.CHARACTERS for font in make_calligraphy.FONTS]
-    assert [picture.caption for picture in list_pictures(CALLIGRAPHY)] == captions
+    assert [picture.caption for picture in list_captioned(CALLIGRAPHY)] == captions
     hands = [font.hand for font in make_calligraphy.FONTS + make_calligraphy.MORE_FONTS]
     assert len(hands) == len(set(hands)) >= 13

@@ -9,11 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from data.folder import DataError
+from miniclip.image_text import PRESETS, Preset
 from train import evaluate_clip, train_clip
-from train.common import UserError, load_checkpoint, save_checkpoint
-from train.matcher import PRESETS, Preset
-from train.train_clip import TrainConfig, by_lot, check, list_pairs, with_columns
+from train.data import pairs as reader
+from train.data.pairs import caption_columns_of, random_share
+from train.errors import DataError, UserError
+from train.run.checkpoint import load_checkpoint, save_checkpoint
+from train.train_clip import TrainConfig, check, with_columns
 
 HERBS = Path(__file__).parent.parent / "data" / "herbs"
 
@@ -28,6 +30,11 @@ def config(out, **more):
     return TrainConfig(**{**values, **more})
 
 
+def list_pairs(cfg):
+    columns = caption_columns_of(cfg.data, cfg.caption_column, cfg.hold_out)
+    return reader.list_pairs(cfg.data, cfg.size, columns, cfg.hold_out, cfg.seed)
+
+
 def table(root, *lines):
     root.mkdir(exist_ok=True)
     (root / "captions.csv").write_text("\n".join(lines), encoding="utf-8")
@@ -36,14 +43,15 @@ def table(root, *lines):
     return str(root)
 
 
-# ------------------------------------------------------------------------------------- the columns of captions
+# ------------------------------------------------------------------------------------ the columns of captions
 
 
 def test_a_table_of_file_and_caption_trains(tmp_path, capsys):
     data = table(tmp_path / "d", "file,caption", "0.png,薑", "1.png,大蒜")
     train_clip.main(config(tmp_path / "run", data=data))
     assert "captions (caption): 2 different" in capsys.readouterr().out
-    assert json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))["caption_column"] == "caption"
+    settings = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    assert settings["caption_column"] == "caption"
 
 
 def test_without_a_word_the_herbs_have_their_three_languages(tmp_path):
@@ -53,7 +61,8 @@ def test_without_a_word_the_herbs_have_their_three_languages(tmp_path):
 
 
 def test_what_is_held_out_by_its_column_is_no_caption(tmp_path):
-    data = table(tmp_path / "d", "file,name,english,shop", "0.png,a,b,east", "1.png,c,d,west", "2.png,e,f,east")
+    data = table(tmp_path / "d", "file,name,english,shop", "0.png,a,b,east", "1.png,c,d,west",
+                 "2.png,e,f,east")
     assert with_columns(config(tmp_path, data=data, hold_out="shop=west")).caption_column == "name,english"
 
 
@@ -78,7 +87,8 @@ def test_a_run_of_before_goes_on(tmp_path, layout):
     assert (out / "metrics.jsonl").read_bytes() == whole
     if layout != "a column more":
         return
-    (out / "config.json").write_text("damaged", encoding="utf-8")       # then the table decides, and it says why not
+    # then the table decides, and it says why not
+    (out / "config.json").write_text("damaged", encoding="utf-8")
     with pytest.raises(UserError, match=f"trained with caption_column = {before}, not {before},ja"):
         train_clip.main(config(out, data=data, resume=True))
     state["config"]["caption_column"] = "en"
@@ -88,9 +98,11 @@ def test_a_run_of_before_goes_on(tmp_path, layout):
 
 
 def test_a_column_that_is_not_there(tmp_path):
-    with pytest.raises(DataError, match="no column 'fr'; its columns are: 'file', 'zh-Hant', .* with --caption-column"):
+    with pytest.raises(DataError, match="no column 'fr'; its columns are: 'file', 'zh-Hant', .* with "
+                                        "--caption-column"):
         list_pairs(config(tmp_path, caption_column="en,fr"))
-    with pytest.raises(UserError, match="--hold-out shop=west: no column 'shop' in captions.csv; it has file, zh-Hant"):
+    with pytest.raises(UserError, match="--hold-out shop=west: no column 'shop' in captions.csv; it has "
+                                        "file, zh-Hant"):
         list_pairs(config(tmp_path, hold_out="shop=west"))
     with pytest.raises(UserError, match="--caption-column: name at least one"):
         list_pairs(config(tmp_path, caption_column=","))
@@ -103,19 +115,21 @@ def test_a_share_of_the_pictures_is_held_out():
     """Decided by the seed; every caption of two pictures or more keeps one; a caption of one may go."""
     files = [f"{i}.png" for i in range(100)]
     captions = [[f"name {i % 30}" if i < 60 else f"own {i}" for i in range(100)]]
-    held = by_lot(files, captions, 0.3, 0)
+    held = random_share(files, captions, 0.3, 0)
     torch.manual_seed(9)
-    assert by_lot(files, captions, 0.3, 0) == held and sum(held) == 30 != sum(by_lot(files, captions, 0.4, 0))
-    assert by_lot(files, captions, 0.3, 1) != held
+    assert random_share(files, captions, 0.3,
+                        0) == held and sum(held) == 30 != sum(random_share(files, captions, 0.4, 0))
+    assert random_share(files, captions, 0.3, 1) != held
     kept = {caption for caption, out in zip(captions[0], held) if not out}
     assert all(f"name {i}" in kept for i in range(30)) and any(f"own {i}" not in kept for i in range(60, 100))
-    assert sum(by_lot(files, captions, 0.99, 0)) == 70 and sum(by_lot(files, captions, 0.001, 0)) == 1
+    assert sum(random_share(files, captions, 0.99, 0)) == 70
+    assert sum(random_share(files, captions, 0.001, 0)) == 1
 
 
 def test_a_caption_of_any_column_stays_and_a_picture_of_two_rows_is_one_picture():
     files, captions = [*"aabbcd"], [[*"123456"], [*"xyxyxy"]]
     for seed in range(20):
-        held = by_lot(files, captions, 0.9, seed)
+        held = random_share(files, captions, 0.9, seed)
         kept = {f for f, out in zip(files, held) if not out}
         assert kept and not kept & {f for f, out in zip(files, held) if out}
         assert {y for y, out in zip(captions[1], held) if not out} == {"x", "y"}
@@ -142,6 +156,7 @@ def test_a_share_that_leaves_too_little(tmp_path):
 
 @pytest.mark.parametrize("text", ["0", "1", "-0.2", "1.5", "nan", "20%", "artist", " "])
 def test_nonsense_is_one_line(text, tmp_path):
-    with pytest.raises(UserError, match=f"--hold-out {re.escape(text)}: must be column=value, .* or a share") as caught:
+    words = f"--hold-out {re.escape(text)}: must be column=value, .* or a share"
+    with pytest.raises(UserError, match=words) as caught:
         check(config(tmp_path, hold_out=text))
     assert "\n" not in str(caught.value)

@@ -17,24 +17,30 @@ import torch
 from torch import nn
 
 from miniclip.weights import WeightsError
-from train import common
-from train.common import EMA, Checkpoints, Metrics, RunState, Speed, StopFlag, UserError, autocast, fingerprint, make_folder
-from train.parallel import Group
+from train.errors import UserError
+from train.run import cli, loop
+from train.run.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
+from train.run.distributed import Ranks
+from train.run.folder import make_folder
+from train.run.log import Metrics, Speed, StopFlag
+from train.run.settings import autocast
+from train.run.state import EMA, TrainState, fingerprint
 from train.train_diffusion import TrainConfig
 
 
-def run_state(seed: int = 0, **config) -> RunState:
+def run_state(seed: int = 0, **config) -> TrainState:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=True)
-    return RunState({"lr": 0.1, "out": "x", "resume": False, **config}, fingerprint(["a.png"], ["春"]), model,
+    return TrainState({"lr": 0.1, "out": "x", "resume": False, **config}, fingerprint(["a.png"], ["春"]),
+                      model,
                     EMA(model.parameters(), 0.9), [optimizer], scaler, torch.Generator().manual_seed(seed))
 
 
-def train(state: RunState, steps: int) -> None:
+def train(state: TrainState, steps: int) -> None:
     for _ in range(steps):
-        x = torch.randn(5, 3, generator=state.dice)
+        x = torch.randn(5, 3, generator=state.generator)
         state.optimizers[0].zero_grad()
         state.model(x).square().sum().backward()
         state.optimizers[0].step()
@@ -42,7 +48,7 @@ def train(state: RunState, steps: int) -> None:
         state.step += 1
 
 
-def same(a: RunState, b: RunState) -> bool:
+def same(a: TrainState, b: TrainState) -> bool:
     x, y = a.capture(), b.capture()
     tensors = [[*v["model"].values(), *v["ema"], v["dice"], v["rng"],
                 *(t for s in v["optimizers"][0]["state"].values() for t in s.values())] for v in (x, y)]
@@ -54,16 +60,17 @@ def same(a: RunState, b: RunState) -> bool:
 def test_help_goes_by_sections_and_names_every_flag_once(script: str, capsys) -> None:
     config = importlib.import_module(f"train.{script}").TrainConfig
     with pytest.raises(SystemExit) as end:
-        common.parse_flags(config, "What it does.", ["--help"])
+        cli.parse_flags(config, "What it does.", ["--help"])
     page = capsys.readouterr().out
     assert end.value.code == 0 and page.startswith("usage: ") and page.index("\n") < 60
     sections = [line for line in page.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert sections[:3] == ["options:", "data and run folder:", "model and training:"] and sections[-1] == "checkpoints:"
+    assert sections[:3] == ["options:", "data and run folder:",
+                            "model and training:"] and sections[-1] == "checkpoints:"
     for field in dataclasses.fields(config):
         assert len(re.findall(rf"^  --{field.name.replace('_', '-')}[ ,]", page, re.M)) == 1
 
 
-# ------------------------------------------------------------------------------------------ checkpoints
+# ------------------------------------------------------------------------------------------------ checkpoints
 
 
 class Bomb:
@@ -73,13 +80,14 @@ class Bomb:
 
 def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
     """The less the score the better; none, or one that is no number, is never the best."""
-    checkpoints, state, alone = Checkpoints(tmp_path, keep=1), run_state(), Group(0, 1, torch.device("cpu"))
-    for step, (score, best) in enumerate([(math.inf, None), (0.5, 1), (math.nan, 1), (0.6, 1), (0.4, 4), (math.inf, 4)]):
+    checkpoints, state, alone = Checkpoints(tmp_path, keep=1), run_state(), Ranks(0, 1, torch.device("cpu"))
+    for step, (score, best) in enumerate([(math.inf, None), (0.5, 1), (math.nan, 1), (0.6, 1), (0.4, 4),
+                                          (math.inf, 4)]):
         state.step = step
-        common.keep(state, checkpoints, alone, score)
-        assert common.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == step
-        assert (common.load_checkpoint(tmp_path / "best.pt")["step"] if best else None) == best
-    common.keep(state, Checkpoints(tmp_path / "none", keep=1), alone._replace(rank=1))
+        loop.save(state, checkpoints, alone, score)
+        assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == step
+        assert (load_checkpoint(tmp_path / "best.pt")["step"] if best else None) == best
+    loop.save(state, Checkpoints(tmp_path / "none", keep=1), alone._replace(rank=1))
     assert not (tmp_path / "none").exists() and state.best == 0.4
 
 
@@ -107,7 +115,7 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
     for step in range(6):
         state.step = step
         checkpoints.save(state.capture(), best=step == 1)
-    steps = {path.name: common.load_checkpoint(path)["step"] for path in tmp_path.iterdir()}
+    steps = {path.name: load_checkpoint(path)["step"] for path in tmp_path.iterdir()}
     assert steps == {"checkpoint.pt": 5, "checkpoint.1.pt": 4, "checkpoint.2.pt": 3, "best.pt": 1}
     Checkpoints(tmp_path / "none", keep=1)
     (tmp_path / "one").mkdir()
@@ -118,7 +126,8 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("killed_at", range(6))
-def test_a_kill_between_any_two_file_operations_of_a_save_costs_nothing(tmp_path: Path, monkeypatch, killed_at: int) -> None:
+def test_a_kill_between_any_two_file_operations_of_a_save_costs_nothing(
+        tmp_path: Path, monkeypatch, killed_at: int) -> None:
     checkpoints, state = Checkpoints(tmp_path, keep=2), run_state()
     for step in (1, 2):
         state.step = step
@@ -142,7 +151,7 @@ def test_a_kill_between_any_two_file_operations_of_a_save_costs_nothing(tmp_path
     assert newest == (2 if killed_at < 2 else 3)
     for state.step in range(newest + 1, 5):
         checkpoints.save(state.capture(), best=state.step == 3)
-    steps = {path.name: common.load_checkpoint(path)["step"] for path in tmp_path.glob("*.pt")}
+    steps = {path.name: load_checkpoint(path)["step"] for path in tmp_path.glob("*.pt")}
     assert steps == {"checkpoint.pt": 4, "checkpoint.1.pt": 3, "best.pt": 3}    # as if nothing had happened
 
 
@@ -168,18 +177,18 @@ def test_a_damaged_newest_falls_back_with_a_line(tmp_path: Path) -> None:
 
 def test_a_flipped_byte_anywhere_is_seen(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
-    common.save_checkpoint(path, run_state().capture())
+    save_checkpoint(path, run_state().capture())
     good = path.read_bytes()
     unseen = []
     for i in range(0, len(good), 97):
         path.write_bytes(good[:i] + bytes([good[i] ^ 0x10]) + good[i + 1:])
         try:
-            state = common.load_checkpoint(path)
+            state = load_checkpoint(path)
         except (UserError, WeightsError):
             continue
         unseen.append(state["model"]["0.weight"])
     path.write_bytes(good)
-    assert all(torch.equal(weight, common.load_checkpoint(path)["model"]["0.weight"]) for weight in unseen)
+    assert all(torch.equal(weight, load_checkpoint(path)["model"]["0.weight"]) for weight in unseen)
     assert len(unseen) < 0.5 * len(good) / 97       # padding and unused fields of the archive hold nothing
 
 
@@ -193,7 +202,8 @@ def test_a_disk_that_fills_up_while_saving(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match="checkpoint.new.pt: cannot be written"):
         checkpoints.save(state.capture(), best=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"] and checkpoints.load(print)["step"] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert checkpoints.load(print)["step"] == 0
 
 
 def test_resuming_another_run_is_refused() -> None:
@@ -221,7 +231,8 @@ def test_frozen_weights_are_not_in_the_checkpoint() -> None:
 
 def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    for name in (".checkpoint.pt.0123456789ab.tmp", "model/.x.ba9876543210.tmp", ".mine.tmp", "0123456789ab.tmp"):
+    for name in (".checkpoint.pt.0123456789ab.tmp", "model/.x.ba9876543210.tmp", ".mine.tmp",
+                 "0123456789ab.tmp"):
         (tmp_path / name).write_text("x")
     make_folder(tmp_path, write=False)
     assert len(list(tmp_path.rglob("*.tmp"))) == 4
@@ -229,7 +240,7 @@ def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.rglob("*.tmp")) == [".mine.tmp", "0123456789ab.tmp"]
 
 
-# ---------------------------------------------------------------------------------------- metrics and speed
+# ------------------------------------------------------------------------------------------ metrics and speed
 
 
 def test_metrics_of_a_resumed_run_are_those_of_one_never_stopped(tmp_path: Path) -> None:
@@ -277,7 +288,7 @@ def test_a_signal_asks_and_a_second_interrupt_ends(name: str) -> None:
         flag.restore()
 
 
-# -------------------------------------------------------------------------------------------- precision
+# -------------------------------------------------------------------------------------------------- precision
 
 
 def test_autocast() -> None:
@@ -294,7 +305,7 @@ def test_autocast() -> None:
 
 def test_help_shows_defaults_but_no_empty_ones(capsys) -> None:
     with pytest.raises(SystemExit):
-        common.parse_flags(TrainConfig, "text", ["--help"])
+        cli.parse_flags(TrainConfig, "text", ["--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "(default: 400)" in said and "(default: )" not in said and "checkpoints to keep" in said
 

@@ -1,4 +1,5 @@
-"""Two processes, or a batch in two parts, do what one process does on the whole batch: to float64 rounding."""
+"""Two processes, or a batch in two parts, do what one process does on the whole batch: to float64
+rounding."""
 
 from __future__ import annotations
 
@@ -17,26 +18,30 @@ import pytest
 import torch
 import torch.distributed.fsdp
 
-from data.folder import PictureFolder
+from miniclip import image_text
 from miniclip.weights import load_file
-from train import common, matcher, parallel, train_clip, train_diffusion
-from train.common import UserError
-from train.parallel import Group
-from train.train_diffusion import TrainConfig
-from train.writer import Preset
+from minidiff.text_to_image import Preset, TextToImage
+from train import train_clip, train_diffusion, validation
+from train.data.folder import CaptionedImages
+from train.errors import UserError
+from train.run import cli, distributed, state
+from train.run.checkpoint import load_checkpoint
+from train.run.distributed import Ranks
+from train.train_diffusion import Batch, TrainConfig
 
 ROOT = Path(__file__).parent.parent
-TINY = TrainConfig(data=str(ROOT / "data" / "calligraphy"), size=16, preset="tiny", steps=4, batch=4, samples=0,
-                   sample_steps=1, optimizer="adamw", device="cpu")
-CLIP_PRESET = matcher.Preset("vit", 32, (1,), 8, 32, 1, 32)
-needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes by fork")
+TINY = TrainConfig(data=str(ROOT / "data" / "calligraphy"), size=16, preset="tiny", steps=4, batch=4,
+                   samples=0, sample_steps=1, optimizer="adamw", device="cpu")
+CLIP_PRESET = image_text.Preset("vit", 32, (1,), 8, 32, 1, 32)
+needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(),
+                                reason="processes by fork")
 
 
 def process(rank: int, size: int, port: int, work: Callable[[], None]) -> None:
     """What torchrun gives each process, without the seconds that torchrun takes to start."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
-    common.run(work)
+    cli.start(work)
 
 
 def together(size: int, work: Callable[[], None]) -> list[int]:
@@ -50,18 +55,20 @@ def together(size: int, work: Callable[[], None]) -> list[int]:
         job.start()
     for job in jobs:
         job.join(120)
-    return [job.exitcode for job in jobs]
+    codes = [job.exitcode for job in jobs]
+    for job in jobs:
+        job.kill()                                  # one that hangs, or pytest would wait for it in the end
+    return codes
 
 
 @pytest.fixture
 def float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures = PictureFolder.pictures
-    monkeypatch.setattr(PictureFolder, "pictures", lambda self: pictures(self).double())
+    pictures = CaptionedImages.images
+    monkeypatch.setattr(CaptionedImages, "images", lambda self: pictures(self).double())
     monkeypatch.setitem(train_diffusion.PRESETS, "tiny", Preset((8, 16), (False, True), 1, 32, 1))
     monkeypatch.setitem(train_clip.PRESETS, "vit-tiny", CLIP_PRESET)
-    monkeypatch.setattr(train_diffusion, "VALIDATION_TIMESTEPS", (99, 899))
-    for script in (train_diffusion, train_clip):
-        monkeypatch.setattr(script, "clip_gradients", clip_and_keep)
+    monkeypatch.setattr(validation, "TIMESTEPS", (99, 899))
+    monkeypatch.setattr(state, "clip_gradients", clip_and_keep)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -73,10 +80,10 @@ gradients: list[list[torch.Tensor]] = []            # of each step of the run th
 def clip_and_keep(parameters, most: float) -> float:
     """clip_gradients, which leaves a copy of the gradients of all steps in the working folder."""
     parameters = list(parameters)
-    gradients.append([common.whole(p.grad).clone() for p in parameters if p.grad is not None])
+    gradients.append([distributed.gather_full(p.grad).clone() for p in parameters if p.grad is not None])
     if os.environ.get("RANK", "0") == "0":
         torch.save(gradients, "gradients.pt")
-    return parallel.clip_gradients(parameters, most)
+    return distributed.clip_gradients(parameters, most)
 
 
 def do(work: Callable[[], None], size: int, out: Path) -> Path:
@@ -95,8 +102,8 @@ def train(out: Path, size: int = 1, **changes) -> Path:
 
 
 def match(out: Path, size: int = 1, **changes) -> Path:
-    cfg = train_clip.TrainConfig(data=str(ROOT / "data" / "herbs"), out=str(out), size=32, preset="vit-tiny", batch=8,
-                                 steps=4, checks=0, warmup=0, optimizer="adamw", device="cpu")
+    cfg = train_clip.TrainConfig(data=str(ROOT / "data" / "herbs"), out=str(out), size=32, preset="vit-tiny",
+                                 batch=8, steps=4, checks=0, warmup=0, optimizer="adamw", device="cpu")
     return do(partial(train_clip.main, dataclasses.replace(cfg, **changes)), size, out)
 
 
@@ -105,13 +112,15 @@ def rows(out: Path) -> list[dict]:
 
 
 def agree(one: Path, other: Path, weights: str = "model/unet/diffusion_pytorch_model.safetensors") -> None:
-    """Losses, gradient norms and validation of every step, every gradient of every step, and the weights at the end."""
+    """Losses, gradient norms and validation of every step, every gradient of every step,
+    and the weights at the end."""
     assert len(rows(one)) == len(rows(other)) == 6
     for a, b in zip(rows(one), rows(other), strict=True):
         assert a == pytest.approx(b, rel=1e-11, abs=1e-14)
-    wanted, found = (torch.load(out / "gradients.pt") for out in (one, other))
+    wanted, found = (torch.load(out / "gradients.pt", weights_only=True) for out in (one, other))
     assert len(wanted) == 4 and found
-    for a, b in zip(wanted[-len(found):], found, strict=True):                      # a resumed run has the last ones
+    # a resumed run has the last ones
+    for a, b in zip(wanted[-len(found):], found, strict=True):
         assert all(torch.allclose(x, y, rtol=1e-9, atol=1e-12) for x, y in zip(a, b, strict=True))
     a, b = (load_file(out / weights) for out in (one, other))
     assert all(torch.allclose(a[name], b[name], rtol=1e-9, atol=1e-12) for name in a)
@@ -144,8 +153,10 @@ def test_two_processes_that_match_pictures_equal_one(tmp_path: Path, float64, lo
 
 @needs_fork
 def test_batch_norm_and_dropout_see_the_whole_batch(tmp_path: Path, float64, monkeypatch) -> None:
-    """The ResNet preset: statistics of the whole batch, running ones too, and one process's random numbers."""
-    monkeypatch.setitem(train_clip.PRESETS, "tiny", matcher.Preset("resnet", 4, (1, 1, 1, 1), 0, 32, 1, 16))
+    """The ResNet preset: statistics of the whole batch, running ones too,
+    and one process's random numbers."""
+    monkeypatch.setitem(train_clip.PRESETS, "tiny",
+                        image_text.Preset("resnet", 4, (1, 1, 1, 1), 0, 32, 1, 16))
     one = match(tmp_path / "one", preset="tiny")
     agree(one, match(tmp_path / "two", size=2, preset="tiny"), "model/model.safetensors")
     agree(one, match(tmp_path / "four", size=4, preset="tiny"), "model/model.safetensors")
@@ -155,12 +166,15 @@ def test_batch_norm_and_dropout_see_the_whole_batch(tmp_path: Path, float64, mon
 
 @needs_fork
 def test_shared_out_towers_are_the_same_run(tmp_path: Path, float64) -> None:
-    """FSDP2 on CLIP, whose temperature stays whole: same numbers, same files; also in chunks, and on from the other."""
+    """FSDP2 on CLIP, whose temperature stays whole: same numbers, same files;
+    also in chunks, and on from the other."""
     needs_fsdp2()
-    one, run, weights = match(tmp_path / "one", save_every=1, keep=9), tmp_path / "run", "model/model.safetensors"
+    one, run, weights = match(tmp_path / "one", save_every=1,
+                              keep=9), tmp_path / "run", "model/model.safetensors"
     agree(one, match(run, size=2, shard=True, save_every=1, keep=9), weights)
     agree(one, match(tmp_path / "chunks", size=2, shard=True, chunk=3), weights)
-    agree(match(tmp_path / "siglip", loss="siglip"), match(tmp_path / "two", size=2, shard=True, loss="siglip"), weights)
+    agree(match(tmp_path / "siglip", loss="siglip"),
+          match(tmp_path / "two", size=2, shard=True, loss="siglip"), weights)
     (run / "checkpoint.pt").unlink()
     agree(one, match(run, resume=True, save_every=1, keep=9), weights)
     (run / "checkpoint.pt").unlink()
@@ -174,11 +188,11 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, float64,
             os.kill(os.getpid(), 15)                        # of one process alone: they agree to stop
         return diffusion_loss(*args)
 
-    one, losses, diffusion_loss = train(tmp_path / "one"), [], train_diffusion.diffusion_loss
+    one, losses, diffusion_loss = train(tmp_path / "one"), [], TextToImage.forward
     with monkeypatch.context() as patch:
-        patch.setattr(train_diffusion, "diffusion_loss", stop_after_two)
+        patch.setattr(TextToImage, "forward", stop_after_two)
         train(tmp_path / "run", size=2)
-    assert common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
     agree(one, train(tmp_path / "run", size=1, resume=True))
     (tmp_path / "run" / "checkpoint.pt").unlink()           # the one before it: step 2
     agree(one, train(tmp_path / "run", size=2, resume=True))
@@ -190,7 +204,7 @@ def test_shared_out_weights_are_the_same_run(tmp_path: Path, float64) -> None:
     needs_fsdp2()
     one, run = train(tmp_path / "one"), tmp_path / "run"
     agree(one, train(run, size=2, shard=True, save_every=1, keep=9))
-    a, b = (common.load_checkpoint(out / "checkpoint.pt") for out in (one, run))
+    a, b = (load_checkpoint(out / "checkpoint.pt") for out in (one, run))
     assert all(torch.allclose(a["model"][k], b["model"][k], rtol=1e-9, atol=1e-12) for k in a["model"])
     (run / "checkpoint.pt").unlink()
     agree(one, train(run, resume=True, save_every=1, keep=9))
@@ -198,7 +212,8 @@ def test_shared_out_weights_are_the_same_run(tmp_path: Path, float64) -> None:
     agree(one, train(run, size=2, resume=True, shard=True, save_every=1, keep=9))
 
 
-@pytest.mark.parametrize("changes", [{"optimizer": "muon"}, {"lora": 2, "init": "x"}, {"compile": True}, {"precision": "fp16"}])
+@pytest.mark.parametrize("changes", [{"optimizer": "muon"}, {"lora": 2, "init": "x"}, {"compile": True},
+                                     {"precision": "fp16"}])
 @pytest.mark.parametrize("script", [train_diffusion, train_clip])
 def test_what_cannot_be_shared_out_is_refused(script, changes: dict) -> None:
     with pytest.raises(UserError, match="--shard"):
@@ -214,22 +229,24 @@ def test_one_process_has_nobody_to_share_with(tmp_path: Path) -> None:
 @needs_fork
 def test_a_process_that_fails_says_so(tmp_path: Path, monkeypatch, capfd) -> None:
     monkeypatch.setitem(train_diffusion.PRESETS, "tiny", Preset((8, 16), (False, True), 1, 32, 1))
-    diffusion_loss = train_diffusion.diffusion_loss
+    diffusion_loss = TextToImage.forward
 
     def fails(*args):
         if os.environ["RANK"] == "1":
             raise UserError("the disk of this machine is gone")
         return diffusion_loss(*args)
 
-    monkeypatch.setattr(train_diffusion, "diffusion_loss", fails)
+    monkeypatch.setattr(TextToImage, "forward", fails)
     codes = together(2, lambda: train_diffusion.main(dataclasses.replace(TINY, out=str(tmp_path / "run"))))
     assert 0 not in codes and "error (process 1): the disk of this machine is gone" in capfd.readouterr().err
 
 
 @needs_fork
 def test_what_processes_cannot_share_is_refused(tmp_path: Path, capfd) -> None:
-    base = train_clip.TrainConfig(data=str(ROOT / "data" / "herbs"), out=str(tmp_path), size=32, batch=8, device="cpu")
-    for changes, words in (({"preset": "tiny", "shard": True, "optimizer": "adamw"}, "--shard: shares out transformers"),
+    base = train_clip.TrainConfig(data=str(ROOT / "data" / "herbs"), out=str(tmp_path), size=32, batch=8,
+                                  device="cpu")
+    for changes, words in (({"preset": "tiny", "shard": True, "optimizer": "adamw"},
+                            "--shard: shards transformers"),
                            ({"preset": "vit-tiny", "batch": 9}, "--batch 9")):
         codes = together(2, partial(train_clip.main, dataclasses.replace(base, **changes)))
         assert 0 not in codes and words in capfd.readouterr().err
@@ -241,13 +258,15 @@ def test_what_processes_cannot_share_is_refused(tmp_path: Path, capfd) -> None:
     ({"seed": 5}, "differ in seed: 0 and 5"), ({"data": "reordered"}, "differ in checksum: "),
 ])  # fmt: skip
 @pytest.mark.parametrize("script", ["diffusion", "clip"])
-def test_processes_started_differently_all_end(tmp_path: Path, script: str, different: dict, words: str, capfd) -> None:
+def test_processes_started_differently_all_end(tmp_path: Path, script: str, different: dict, words: str,
+                                               capfd) -> None:
     """With other flags or data one of them would train another model, and nobody would see it."""
     source = ROOT / "data" / ("calligraphy" if script == "diffusion" else "herbs")
     if "data" in different:
         shutil.copytree(source, tmp_path / "reordered")
         head, *lines = (source / "captions.csv").read_text(encoding="utf-8").splitlines()
-        (tmp_path / "reordered" / "captions.csv").write_text("\n".join([head, *reversed(lines)]), encoding="utf-8")
+        (tmp_path / "reordered" / "captions.csv").write_text("\n".join([head, *reversed(lines)]),
+                                                             encoding="utf-8")
         different = {"data": str(tmp_path / "reordered")}
     base = {"data": str(source), "out": str(tmp_path / "run"), "device": "cpu", "size": 32}
     module = train_diffusion if script == "diffusion" else train_clip
@@ -257,7 +276,8 @@ def test_processes_started_differently_all_end(tmp_path: Path, script: str, diff
         module.main(module.TrainConfig(**{**base, **mine}))
 
     assert together(2, work) == [2, 2]
-    assert len(re.findall(words, capfd.readouterr().err)) == 2 and not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert len(re.findall(words, capfd.readouterr().err)) == 2
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 @needs_fork
@@ -281,8 +301,8 @@ def test_losing_another_process_is_one_line(tmp_path: Path, float64, monkeypatch
             os.kill(os.getpid(), 9)
         return diffusion_loss(*args)
 
-    diffusion_loss = train_diffusion.diffusion_loss
-    monkeypatch.setattr(train_diffusion, "diffusion_loss", dies)
+    diffusion_loss = TextToImage.forward
+    monkeypatch.setattr(TextToImage, "forward", dies)
     codes = together(2, partial(train_diffusion.main, dataclasses.replace(TINY, out=str(tmp_path / "run"))))
     assert codes == [2, -9]
     said = capfd.readouterr().err
@@ -291,11 +311,14 @@ def test_losing_another_process_is_one_line(tmp_path: Path, float64, monkeypatch
 
 def test_shares_cover_the_batch_once() -> None:
     cpu = torch.device("cpu")
+    rows, empty = torch.arange(12), torch.empty(12)
     for size, pieces in ((1, 1), (2, 1), (1, 3), (2, 3), (3, 2)):
-        shares = [part for rank in range(size) for part in Group(rank, size, cpu).shares(12, pieces)]
+        own = [Ranks(rank, size, cpu).local_rows(12) for rank in range(size)]
+        shares = [part for r in own for part in Batch(rows[r], [""] * (12 // size), rows[r], empty[r],
+                                                      {}).split(pieces)]
         assert len(shares) == size * pieces
-        assert [i for part in shares for i in range(12)[part]] == list(range(12))
+        assert [i for part in shares for i in part.t.tolist()] == list(range(12))
 
 
 def test_a_group_of_one_adds_nothing() -> None:
-    assert Group(0, 1, torch.device("cpu")).mean(0.1, 1 / 3) == [0.1, 1 / 3]
+    assert Ranks(0, 1, torch.device("cpu")).mean(0.1, 1 / 3) == [0.1, 1 / 3]

@@ -1,4 +1,5 @@
-"""How a run starts: never over another one unasked, on from one with its settings or for longer; what flags may hold."""
+"""How a run starts: never over another one unasked, on from one with its settings or for longer;
+what flags may hold."""
 
 from __future__ import annotations
 
@@ -18,18 +19,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from miniclip.image_text import Preset as MatcherPreset
+from minidiff.text_to_image import Preset
 from tests.test_train_parallel import needs_fork, together
-from train import common, judge, train_clip, train_diffusion
-from train.common import UserError, check_flags, command, parse_flags
-from train.matcher import Preset as MatcherPreset
-from train.parallel import join
-from train.writer import Preset
+from train import judge, train_clip, train_diffusion, validation
+from train.errors import UserError
+from train.run import cli, distributed, loop
+from train.run.checkpoint import load_checkpoint
+from train.run.cli import check_flags, command, parse_flags
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
-    "diffusion": (train_diffusion, {"data": str(ROOT / "data" / "calligraphy"), "size": 16, "preset": "tiny", "steps": 4,
+    "diffusion": (train_diffusion, {"data": str(ROOT / "data" / "calligraphy"), "size": 16, "preset": "tiny",
+                                    "steps": 4,
                                     "batch": 4, "samples": 1, "sample_steps": 1, "device": "cpu"}),
-    "clip": (train_clip, {"data": str(ROOT / "data" / "herbs"), "size": 32, "preset": "vit-tiny", "steps": 4, "batch": 8,
+    "clip": (train_clip, {"data": str(ROOT / "data" / "herbs"), "size": 32, "preset": "vit-tiny", "steps": 4,
+                          "batch": 8,
                           "checks": 1, "hold_out": "artist=twitter", "device": "cpu"}),
 }
 both = pytest.mark.parametrize("name", SCRIPTS)
@@ -39,7 +44,7 @@ both = pytest.mark.parametrize("name", SCRIPTS)
 def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(train_diffusion.PRESETS, "tiny", Preset((8, 16), (False, True), 1, 32, 1))
     monkeypatch.setitem(train_clip.PRESETS, "vit-tiny", MatcherPreset("vit", 32, (1,), 8, 32, 1, 32))
-    monkeypatch.setattr(train_diffusion, "VALIDATION_TIMESTEPS", (499,))
+    monkeypatch.setattr(validation, "TIMESTEPS", (499,))
 
 
 def train(name: str, out: Path, **changes) -> Path:
@@ -54,7 +59,8 @@ def from_shell(name: str, *argv: str) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in folder.rglob("*") if path.is_file()}
 
 
 def steps_in(out: Path) -> list[int]:
@@ -62,7 +68,7 @@ def steps_in(out: Path) -> list[int]:
     return [row["step"] for row in rows if "loss" in row]
 
 
-# ------------------------------------------------------------------------------------------------ over another run
+# ------------------------------------------------------------------------------------------- over another run
 
 
 @both
@@ -73,7 +79,8 @@ def test_a_run_is_not_written_over_unasked(name: str, tmp_path: Path) -> None:
     assert contents(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize("mark", ["checkpoint.1.pt", "checkpoint.new.pt", "best.pt", "model/", "metrics.jsonl"])
+@pytest.mark.parametrize("mark", ["checkpoint.1.pt", "checkpoint.new.pt", "best.pt", "model/",
+                                  "metrics.jsonl"])
 def test_what_makes_a_run_folder(mark: str, tmp_path: Path) -> None:
     (tmp_path / mark).mkdir() if mark.endswith("/") else (tmp_path / mark).touch()
     with pytest.raises(UserError, match=re.escape(f"holds a run already ({mark.rstrip('/')})")):
@@ -90,13 +97,16 @@ def test_a_folder_of_other_files_is_free(tmp_path: Path) -> None:
 
 @both
 def test_overwriting_leaves_what_a_first_run_leaves_and_other_files(name: str, tmp_path: Path) -> None:
-    """Longer, with other pictures on the way and more checkpoints: nothing of it is left, not even a folder."""
+    """Longer, with other pictures on the way and more checkpoints: nothing of it is left,
+    not even a folder."""
     out, more = tmp_path / "run", {"samples": 5} if name == "diffusion" else {"checks": 5}
     wanted = set(contents(train(name, tmp_path / "first")))
     train(name, out, steps=9, save_every=1, keep=5, **more)
-    ours = ("skipped.1.txt", "evaluation.html", "lora/adapter_config.json", "index-other/index.json", "model/vae/config.json",
+    ours = ("skipped.1.txt", "evaluation.html", "lora/adapter_config.json", "index-other/index.json",
+            "model/vae/config.json",
             "model/vocab.txt", "matrix/held_out_000009.png", "samples/000009.png", "checkpoint.new.pt")
-    theirs = ("notes.txt", "samples/mine.png", "model/unet/notes.md", "checkpoint.mine.pt", "cache/x.safetensors", "index.json")
+    theirs = ("notes.txt", "samples/mine.png", "model/unet/notes.md", "checkpoint.mine.pt",
+              "cache/x.safetensors", "index.json")
     for file in (*ours, *theirs):
         (out / file).parent.mkdir(parents=True, exist_ok=True)
         (out / file).write_text("old", encoding="utf-8")
@@ -138,10 +148,10 @@ def test_the_others_wait_until_the_earlier_run_is_gone(tmp_path: Path, monkeypat
 
     def work() -> None:
         cfg = train_clip.TrainConfig(out=str(tmp_path), overwrite=True)
-        common.open_books(cfg, join(torch.device("cpu")), None)
+        loop.begin(cfg, tmp_path, distributed.init(torch.device("cpu")))
         assert (tmp_path / "cleared").exists()
 
-    monkeypatch.setattr(common, "clear", slowly)
+    monkeypatch.setattr(loop, "clear", slowly)
     assert together(2, work) == [0, 0]
 
 
@@ -153,7 +163,8 @@ def test_a_report_shows_pictures_of_its_own_run_alone(tmp_path: Path) -> None:
     (out / "checkpoint.3.pt").replace(out / "checkpoint.pt")                # of step 1
     train("diffusion", out, save_every=1, keep=9, samples=0, resume=True)
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert re.findall(r"<figcaption>after (\d+) steps", page) == ["0"] and page.count("data:image/png;base64,") == 2
+    assert re.findall(r"<figcaption>after (\d+) steps",
+                      page) == ["0"] and page.count("data:image/png;base64,") == 2
     assert "Newest samples" in page
 
 
@@ -161,11 +172,11 @@ def test_a_judge_is_not_written_over_unasked(tmp_path: Path) -> None:
     (tmp_path / "judge.pt").write_bytes(b"trained for hours")
     with pytest.raises(UserError, match=r"holds a judge already \(judge.pt\); --overwrite"):
         judge.main(judge.JudgeConfig(out=str(tmp_path), fonts=str(tmp_path / "none")))
-    with pytest.raises(common.DataError, match="--fetch"):                  # asked to, it goes on to look for fonts
+    with pytest.raises(UserError, match="--fetch"):                  # asked to, it goes on to look for fonts
         judge.main(judge.JudgeConfig(out=str(tmp_path), fonts=str(tmp_path / "none"), overwrite=True))
 
 
-# --------------------------------------------------------------------------------------------- on from a run
+# ---------------------------------------------------------------------------------------------- on from a run
 
 
 @both
@@ -188,15 +199,18 @@ def test_resume_takes_the_settings_of_the_run(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("text, words", [
     (None, "no .*config.json to take the run's settings from"), ("{", "config.json: not JSON"),
     ("[]", "expected a JSON object"),
-    ('{"caption_drop": 0.1}', "caption_drop is no setting of train.train_clip"), ('{"lr": -1}', "lr = -1: must be above 0"),
-    ('{"steps": "4"}', "steps = '4': must be a whole number"), ('{"jitter": 1}', "jitter = 1: must be true or false"),
-    ('{"preset": "huge"}', "preset = 'huge': must be one of tiny"), ('{"data": 3}', "data = 3: must be a text"),
+    ('{"caption_drop": 0.1}', "caption_drop is no setting of train.train_clip"),
+    ('{"lr": -1}', "lr = -1: must be above 0"), ('{"steps": "4"}', "steps = '4': must be a whole number"),
+    ('{"jitter": 1}', "jitter = 1: must be true or false"),
+    ('{"preset": "huge"}', "preset = 'huge': must be one of tiny"),
+    ('{"data": 3}', "data = 3: must be a text"),
 ])  # fmt: skip
-def test_settings_that_cannot_be_taken_are_one_line(text: str | None, words: str, tmp_path: Path, capsys) -> None:
+def test_settings_that_cannot_be_taken_are_one_line(text: str | None, words: str, tmp_path: Path,
+                                                    capsys) -> None:
     if text is not None:
         (tmp_path / "config.json").write_text(text, encoding="utf-8")
     with pytest.raises(SystemExit) as end:
-        common.run(lambda: from_shell("clip", "--out", str(tmp_path), "--resume"))
+        cli.start(lambda: from_shell("clip", "--out", str(tmp_path), "--resume"))
     said = capsys.readouterr().err.strip()
     assert end.value.code == 2 and re.search(words, said) and "\n" not in said
 
@@ -213,13 +227,15 @@ def test_a_run_grows_and_never_shrinks_below_what_is_done(name: str, tmp_path: P
     capsys.readouterr()
     from_shell(name, "--out", str(out), "--resume", "--steps", "7")
     said = capsys.readouterr().out
-    assert "resumed at step 4; planned for 4 steps, it now ends after 7: the learning rate follows the new length" in said
+    longer = "planned for 4 steps, it now ends after 7: the learning rate follows the new length"
+    assert f"resumed at step 4; {longer}" in said
     assert steps_in(out) == [0, 1, 2, 3, 4, 5, 6]
-    assert common.load_checkpoint(out / "checkpoint.pt")["config"]["steps"] == 7
+    assert load_checkpoint(out / "checkpoint.pt")["config"]["steps"] == 7
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     rate = {row["step"]: row["lr"] for row in rows if "loss" in row}
     fall = [0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / 7)) for step in (4, 5, 6)]
-    assert [rate[step] for step in (4, 5, 6)] == pytest.approx([min(1, (s + 1) / 20) * f for s, f in zip((4, 5, 6), fall)])
+    assert [rate[step] for step in (4, 5, 6)] == pytest.approx([min(1, (s + 1) / 20) * f
+                                                                for s, f in zip((4, 5, 6), fall)])
     for fewer in (7 - 1, 3):
         with pytest.raises(UserError, match=f"--steps {fewer}: this run has done 7 already"):
             train(name, out, steps=fewer, resume=True)
@@ -228,12 +244,12 @@ def test_a_run_grows_and_never_shrinks_below_what_is_done(name: str, tmp_path: P
     assert "planned for" not in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------------------- flags
+# ------------------------------------------------------------------------------------------------------ flags
 
 
 CONFIGS = {"train_diffusion": "TrainConfig", "train_clip": "TrainConfig", "judge": "JudgeConfig",
            "sample": "SampleConfig", "search": "SearchConfig", "evaluate": "EvaluateConfig",
-           "evaluate_clip": "EvaluateConfig", "lora": "MergeConfig"}
+           "evaluate_clip": "EvaluateConfig", "merge_lora": "MergeConfig"}
 TOO_LOW = {"guidance": -1001, "scale": -1001}
 
 
@@ -266,7 +282,7 @@ def test_every_number_has_limits_that_main_holds(script: str, config: str) -> No
 def test_a_flag_out_of_range_is_one_line(script: str, argv: list[str], words: str, capsys) -> None:
     module, name = importlib.import_module(f"train.{script}"), CONFIGS[script]
     with pytest.raises(SystemExit) as end:
-        common.run(lambda: module.main(parse_flags(getattr(module, name), "", argv)))
+        cli.start(lambda: module.main(parse_flags(getattr(module, name), "", argv)))
     said = capsys.readouterr().err.strip()
     assert end.value.code == 2 and said.startswith("error: ") and words in said and "\n" not in said
 
@@ -274,28 +290,30 @@ def test_a_flag_out_of_range_is_one_line(script: str, argv: list[str], words: st
 @both
 def test_a_run_folder_is_not_its_model(name: str, tmp_path: Path) -> None:
     first = train(name, tmp_path / "first", steps=1)
-    with pytest.raises(UserError, match=re.escape(f"--init {first}: a run folder; did you mean {first / 'model'}?")):
+    with pytest.raises(UserError, match=re.escape(f"--init {first}: a run folder; did you mean "
+                                                  f"{first / 'model'}?")):
         train(name, tmp_path / "second", init=str(first))
     train(name, tmp_path / "second", steps=1, init=str(first / "model"))
 
 
-# --------------------------------------------------------------------------------------------- what is printed
+# -------------------------------------------------------------------------------------------- what is printed
 
 
 def test_a_command_can_be_pasted(tmp_path: Path, monkeypatch) -> None:
-    words = command("train.search", run="my runs/春", text="it's 薑", top=3, resume=True)
-    assert shlex.split(words) == [sys.executable, "-m", "train.search", "--run", "my runs/春", "--text", "it's 薑",
+    words = command("search", run="my runs/春", text="it's 薑", top=3, resume=True)
+    assert shlex.split(words) == [cli.interpreter(), "-m", "train.search", "--run", "my runs/春", "--text",
+                                  "it's 薑",
                                   "--top", "3", "--resume"]
-    assert shlex.split(command("x", text="-5")) == [sys.executable, "-m", "x", "--text=-5"]
+    assert shlex.split(command("x", text="-5")) == [cli.interpreter(), "-m", "train.x", "--text=-5"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", str(Path.cwd() / ".venv" / "bin" / "python"))
-    assert command("x", out="a") == f"{Path('.venv', 'bin', 'python')} -m x --out a"
+    assert command("x", out="a") == f"{Path('.venv', 'bin', 'python')} -m train.x --out a"
 
 
 def test_a_command_for_windows(monkeypatch) -> None:
-    monkeypatch.setattr(common, "interpreter", lambda: r"C:\My Python\python.exe")
-    monkeypatch.setattr(common.os, "name", "nt")
-    said = command("train.sample", run="my runs", prompt="春 草書")
+    monkeypatch.setattr(cli, "interpreter", lambda: r"C:\My Python\python.exe")
+    monkeypatch.setattr(cli.os, "name", "nt")
+    said = command("sample", run="my runs", prompt="春 草書")
     monkeypatch.undo()
     assert said == r'"C:\My Python\python.exe" -m train.sample --run "my runs" --prompt "春 草書"'
 
@@ -311,16 +329,16 @@ def test_the_closing_line_names_a_command_that_runs(tmp_path: Path, capsys) -> N
 def test_a_stopped_run_says_how_to_go_on(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
     script, _ = SCRIPTS[name]
 
-    class StopAtOnce(script.StopFlag):
+    class StopAtOnce(loop.StopFlag):
         def __init__(self) -> None:
             super().__init__()
             self.set = True
 
     with monkeypatch.context() as patch:
-        patch.setattr(script, "StopFlag", StopAtOnce)
+        patch.setattr(loop, "StopFlag", StopAtOnce)
         out = train(name, tmp_path / "my run")
     words = shlex.split(capsys.readouterr().out.strip().splitlines()[-1].split("go on with ")[1])
-    assert words == [sys.executable, "-m", f"train.train_{name}", "--out", str(out), "--resume"]
+    assert words == [cli.interpreter(), "-m", f"train.train_{name}", "--out", str(out), "--resume"]
     from_shell(name, *words[3:])
     assert steps_in(out) == [0, 1, 2, 3]
 
@@ -328,26 +346,23 @@ def test_a_stopped_run_says_how_to_go_on(name: str, tmp_path: Path, monkeypatch,
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("module", [*CONFIGS, "compare"])
 def test_usage_names_the_module(module: str, capsys, monkeypatch) -> None:
-    """Started by python -m, and by its path."""
-    path = str(ROOT / "train" / f"{module}.py")
-    monkeypatch.setattr(sys, "argv", [path, "--help"])
-    for start in (lambda: runpy.run_module(f"train.{module}", run_name="__main__", alter_sys=True),
-                  lambda: runpy.run_path(path, run_name="__main__")):
-        with pytest.raises(SystemExit):
-            start()
-        assert capsys.readouterr().out.startswith(f"usage: python -m train.{module} ")
+    monkeypatch.setattr(sys, "argv", ["somewhere.py", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_module(f"train.{module}", run_name="__main__", alter_sys=True)
+    assert capsys.readouterr().out.startswith(f"usage: python -m train.{module} ")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a pipe that is closed early, as POSIX has it")
 @pytest.mark.parametrize("argv", [
-    ["train.train_clip", "--preset", "vit-tiny", "--size", "32", "--steps", "3", "--device", "cpu"], ["train.sample", "--help"],
-    ["train.compare", "--help"],
+    ["train.train_clip", "--preset", "vit-tiny", "--size", "32", "--steps", "3", "--device", "cpu"],
+    ["train.sample", "--help"], ["train.compare", "--help"],
 ], ids=["while it trains", "help", "help of compare"])  # fmt: skip
 def test_a_reader_that_leaves_ends_a_script_quietly(argv: list[str], tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     more = ["--out", str(tmp_path / "run")] if "--steps" in argv else []
-    done = subprocess.run([sys.executable, "-m", *argv, *more], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True,
+    done = subprocess.run([sys.executable, "-m", *argv, *more], cwd=ROOT, stdout=writer,
+                          stderr=subprocess.PIPE, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""})
     os.close(writer)
     assert done.stderr == "" and done.returncode in (0, 141)
@@ -356,7 +371,7 @@ def test_a_reader_that_leaves_ends_a_script_quietly(argv: list[str], tmp_path: P
 def test_an_error_is_told_even_if_nobody_reads_the_output(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, "-m", "train.sample", "--count", "0"], cwd=ROOT, stdout=writer, text=True,
-                          stderr=subprocess.PIPE)
+    done = subprocess.run([sys.executable, "-m", "train.sample", "--count", "0"], cwd=ROOT, stdout=writer,
+                          text=True, stderr=subprocess.PIPE)
     os.close(writer)
     assert done.returncode == 2 and done.stderr.strip() == "error: --count 0: from 1 to 100,000"

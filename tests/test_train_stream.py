@@ -1,4 +1,5 @@
-"""Data at size: the kept index, the stream that goes on anywhere, broken files, and the script that trains on it."""
+"""Data at size: the kept index, the stream that goes on anywhere, broken files,
+and the script that trains on it."""
 
 from __future__ import annotations
 
@@ -12,12 +13,13 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data import folder as reader
-from data.folder import DataError, PictureFolder, Stream
+from minidiff.text_to_image import Preset
 from train import train_diffusion
-from train.common import UserError
+from train.data import folder as reader
+from train.data import table as tables
+from train.data.folder import CaptionedImages, Stream
+from train.errors import DataError, UserError
 from train.train_diffusion import TrainConfig
-from train.writer import Preset
 
 
 def make_data(root: Path, n: int = 10, table: bool = False) -> Path:
@@ -32,39 +34,40 @@ def make_data(root: Path, n: int = 10, table: bool = False) -> Path:
     return root
 
 
-# ------------------------------------------------------------------------------------------------ the index
+# -------------------------------------------------------------------------------------------------- the index
 
 
 def test_the_index_spares_looking_at_every_file(tmp_path: Path, monkeypatch) -> None:
     data, index = make_data(tmp_path / "data", table=True), tmp_path / "index.json"
-    first = PictureFolder(data, 16, index=index)
+    first = CaptionedImages(data, 16, index=index)
     with monkeypatch.context() as patch:
-        patch.setattr(reader, "list_pictures", lambda *_: pytest.fail("looked again"))
-        assert PictureFolder(data, 16, index=index).entries == first.entries
+        patch.setattr(tables, "list_captioned", lambda *_: pytest.fail("looked again"))
+        assert CaptionedImages(data, 16, index=index).entries == first.entries
     for damaged in ("", "{}", '{"made_of": 3}', "[]"):
         index.write_text(damaged)
-        assert PictureFolder(data, 16, index=index).entries == first.entries
+        assert CaptionedImages(data, 16, index=index).entries == first.entries
     table = data / "captions.csv"
     table.write_text(table.read_text(encoding="utf-8").replace("春", "滿"), encoding="utf-8")
     os.utime(table, ns=(1, 1))
-    assert PictureFolder(data, 16, index=index).captions[3] == "滿 3"
-    assert len(PictureFolder(data, 16, caption_column="file", index=index)) == 10
-    assert PictureFolder(make_data(tmp_path / "classes"), 16, index=tmp_path / "no.json").captions[0] == "k0"
+    assert CaptionedImages(data, 16, index=index).captions[3] == "滿 3"
+    assert len(CaptionedImages(data, 16, caption_column="file", index=index)) == 10
+    assert CaptionedImages(make_data(tmp_path / "classes"), 16,
+                           index=tmp_path / "no.json").captions[0] == "k0"
 
 
 def test_an_index_that_cannot_be_kept_is_done_without(tmp_path: Path) -> None:
     data, index = make_data(tmp_path / "data", table=True), tmp_path / "index.json"
     index.mkdir()                                               # nothing can be moved onto a folder
-    assert len(PictureFolder(data, 16, index=index)) == 10
-    assert len(PictureFolder(data, 16, index=tmp_path / "no" / "folder.json")) == 10
+    assert len(CaptionedImages(data, 16, index=index)) == 10
+    assert len(CaptionedImages(data, 16, index=tmp_path / "no" / "folder.json")) == 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "index.json"]
 
 
-# ----------------------------------------------------------------------------------------------- the stream
+# ------------------------------------------------------------------------------------------------- the stream
 
 
 def test_every_epoch_shows_every_picture_once_in_another_order(tmp_path: Path) -> None:
-    stream = Stream(PictureFolder(make_data(tmp_path / "data"), 16), batch=4, seed=0, steps=5)
+    stream = Stream(CaptionedImages(make_data(tmp_path / "data"), 16), batch=4, seed=0, steps=5)
     seen = torch.cat([stream[step][1] for step in range(5)])                # 20 places: two epochs of 10
     assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
     assert not torch.equal(seen[:10], seen[10:])
@@ -74,7 +77,7 @@ def test_every_epoch_shows_every_picture_once_in_another_order(tmp_path: Path) -
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_it_goes_on_anywhere_with_any_number_of_workers(tmp_path: Path, workers: int) -> None:
-    stream = Stream(PictureFolder(make_data(tmp_path / "data"), 16), batch=4, seed=0, steps=6)
+    stream = Stream(CaptionedImages(make_data(tmp_path / "data"), 16), batch=4, seed=0, steps=6)
     whole = [stream[step] for step in range(6)]
     rest = list(DataLoader(stream, None, sampler=range(3, 6), num_workers=workers))
     assert len(rest) == 3
@@ -88,7 +91,7 @@ def indices_to_grey(stream: Stream, indices: torch.Tensor) -> torch.Tensor:
 
 
 def test_shares_of_a_batch_are_the_batch(tmp_path: Path) -> None:
-    folder = PictureFolder(make_data(tmp_path / "data"), 16)
+    folder = CaptionedImages(make_data(tmp_path / "data"), 16)
     whole = Stream(folder, 6, 0, 3)
     parts = [Stream(folder, 6, 0, 3, rows) for rows in (slice(0, 3), slice(3, 6))]
     assert torch.equal(whole[2][1], torch.cat([part[2][1] for part in parts]))
@@ -98,8 +101,9 @@ def test_broken_files_give_way_and_are_listed(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data")
     (data / "k1" / "4.png").write_bytes(b"no picture")
     (data / "k1" / "7.png").unlink()
-    folder = PictureFolder(data, 16)
-    folder.entries.append(folder.entries[0]._replace(path=data / "gone.png"))       # as if it vanished after listing
+    folder = CaptionedImages(data, 16)
+    # as if it vanished after listing
+    folder.entries.append(folder.entries[0]._replace(path=data / "gone.png"))
     stream = Stream(folder, batch=10, seed=0, steps=1)
     pixels, indices, broken = stream[0]
     assert len(pixels) == 10 and len(broken) == 2
@@ -107,10 +111,10 @@ def test_broken_files_give_way_and_are_listed(tmp_path: Path) -> None:
     for path in data.rglob("*.png"):
         path.write_bytes(b"")
     with pytest.raises(DataError, match="all broken"):
-        Stream(PictureFolder(data, 16), 1, 0, 1)[0]
+        Stream(CaptionedImages(data, 16), 1, 0, 1)[0]
 
 
-# ----------------------------------------------------------------------------------------------- the script
+# ------------------------------------------------------------------------------------------------- the script
 
 
 @pytest.fixture
@@ -118,8 +122,8 @@ def cfg(tmp_path: Path, monkeypatch) -> TrainConfig:
     monkeypatch.setitem(train_diffusion.PRESETS, "tiny", Preset((8, 16), (False, True), 1, 32, 1))
     data = make_data(tmp_path / "data", table=True)
     (data / "3.png").write_bytes(b"no picture")
-    return TrainConfig(data=str(data), out=str(tmp_path / "run"), size=16, preset="tiny", steps=5, batch=4, samples=0,
-                       sample_steps=1, device="cpu", stream=True, save_every=1, keep=9)
+    return TrainConfig(data=str(data), out=str(tmp_path / "run"), size=16, preset="tiny", steps=5, batch=4,
+                       samples=0, sample_steps=1, device="cpu", stream=True, save_every=1, keep=9)
 
 
 def test_training_from_a_stream(cfg: TrainConfig, capsys) -> None:

@@ -11,13 +11,20 @@ import json
 from pathlib import Path
 
 from miniclip.weights import read_json
-from train import report
-from train.common import UserError, run
+
+from . import report
+from .errors import UserError
+from .run.cli import start
 
 
 def main(folders: list[str], out: str) -> None:
+    """Leaves the page at `out`, and prints what is wrong with each run.
+
+    Raises UserError where a folder holds no run, and WeightsError for a config.json that cannot be read.
+    """
     names = dict(zip(folders, short_names(folders), strict=True))
-    runs = {names[folder]: (read_rows(folder, "metrics.jsonl"), read_rows(folder, "speed.jsonl")) for folder in folders}
+    runs = {names[folder]: (read_rows(folder, "metrics.jsonl"), read_rows(folder, "speed.jsonl"))
+            for folder in folders}
     configs = [read_json(Path(folder) / "config.json") for folder in folders]
     flags = [key for key in dict.fromkeys(key for config in configs for key in config) if key != "out"]
     differing = [[key, *(config.get(key, "") for config in configs)] for key in flags
@@ -39,6 +46,7 @@ def short_names(folders: list[str]) -> list[str]:
 
 
 def read_rows(folder: str, name: str) -> report.Rows:
+    """The rows of a run folder's .jsonl file. Raises UserError where it is missing or holds anything else."""
     path = Path(folder) / name
     if not path.exists():
         raise UserError(f"{folder}: no run folder (it would hold {name})")
@@ -51,9 +59,9 @@ def read_rows(folder: str, name: str) -> report.Rows:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        prog="python -m train.compare",
-        description="Runs side by side on one page, and what is wrong with each in words.")
+    parser = argparse.ArgumentParser(prog="python -m train.compare",
+                                     description="Runs side by side on one page, and what is wrong with each "
+                                                 "in words.")
     parser.add_argument("folders", nargs="+", help="run folders of train.train_diffusion or train.train_clip")
     parser.add_argument("--out", default="out/compare.html", help="page to write (%(default)s)")
-    run(lambda: main(**vars(parser.parse_args())))
+    start(lambda: main(**vars(parser.parse_args())))

@@ -1,11 +1,11 @@
 """What a trained run can do, in figures: python -m train.evaluate --run out/calligraphy [--judge out/judge]
 
 Read after sample.py. Prints, and writes to RUN/evaluation.html:
-legible    share of samples that an independent judge (train/judge.py) names right, with the character alone and with
+legible    share of samples that an independent judge (train/judge.py) names right: the character alone, with
            each hand, and at several strengths of guidance
-memory     distance of each sample to its nearest training picture AFTER affine alignment, beside the distances
-           between the training pictures and those of jittered copies: plain pixel distance cannot tell a shifted
-           copy from a new picture
+memory     distance of each sample to its nearest training image AFTER affine alignment, beside the distances
+           between the training pictures and those of jittered copies: plain pixel distance cannot progress a
+           shifted copy from a new picture
 control    how far seed, prompt and guidance move the picture, each changed alone
 Shapes: N samples, M training pictures, [N, 1, S, S] in [-1, 1].
 """
@@ -21,46 +21,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.folder import PictureFolder, jitter
 from miniclip.weights import read_json, write_json
-from train import report
-from train.common import (
-    SEEDS,
-    Progress,
-    UserError,
-    check_flags,
-    flag,
-    grid_columns,
-    parse_flags,
-    pick_device,
-    run,
-    save_grid,
-)
-from train.writer import Writer
+from minidiff.text_to_image import TextToImage
+
+from . import report
+from .data.augment import jitter
+from .data.folder import CaptionedImages
+from .data.grid import grid_columns, save_grid
+from .errors import UserError
+from .run.cli import MAX_SEED, check_flags, flag, model_folder, parse_flags, pick_device, start
+from .run.log import Progress
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
+    """The flags of train.evaluate."""
+
     run: str = flag("out/calligraphy", "run folder of train.train_diffusion")
     data: str = flag("", "training pictures; empty: those that the run names")
     judge: str = flag("", "a judge's folder (train.judge); empty: no legibility")
-    count: int = flag(20, "samples of each character", at_least=1, at_most=100_000)
+    count: int = flag(20, "samples of each character", at_least=1, at_most=10_000)
     steps: int = flag(20, "denoising steps", at_least=1, at_most=1000)
     guidance: float = flag(1.5, "guidance, where it is not what is varied", at_least=-1000, at_most=1000)
-    seed: int = flag(7, "seed of the samples", **SEEDS)
+    seed: int = flag(7, "seed of the samples", at_least=0, at_most=MAX_SEED - 10_000)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
 
 
 def main(cfg: EvaluateConfig) -> None:
+    """Measures a run; leaves evaluation.json, evaluation.html and its pictures in the run folder.
+
+    Raises UserError, DataError for the training pictures, WeightsError and ConfigError for the run.
+    """
     check_flags(cfg)
     folder = Path(cfg.run)
-    writer = Writer.load(folder / "model").to(pick_device(cfg.device))
+    model = TextToImage.load(model_folder(cfg.run)).to(pick_device(cfg.device))
     settings = read_json(folder / "config.json")
-    data = PictureFolder(cfg.data or settings["data"], size=writer.picture.size, channels=writer.picture.channels,
+    data = CaptionedImages(cfg.data or settings["data"], size=model.format.size,
+                           channels=model.format.channels,
                          caption_column=settings["caption_column"])
     parts, results = [], {}
     for measure in (legible, memory, control):
-        measured, pieces = measure(writer, data, cfg, folder)
+        measured, pieces = measure(model, data, cfg, folder)
         results |= measured
         parts += pieces
     write_json(folder / "evaluation.json", results)
@@ -68,102 +69,109 @@ def main(cfg: EvaluateConfig) -> None:
     print(f"open {folder / 'evaluation.html'}")
 
 
-def write(writer: Writer, prompts: list[str], cfg: EvaluateConfig, tell: Callable[[int], None],
+def draw(model: TextToImage, prompts: list[str], cfg: EvaluateConfig, progress: Callable[[int], None],
           guidance: float | None = None, seed: int = 0) -> Tensor:
+    """One picture for each prompt, [N, C, S, S]. guidance: else that of cfg; seed: on top of that of cfg."""
     guidance = cfg.guidance if guidance is None else guidance
-    pictures = writer.write(prompts, cfg.seed + seed, cfg.steps, guidance, batch=40)
-    tell(len(prompts))
+    pictures = model.sample(prompts, cfg.seed + seed, cfg.steps, guidance, batch=40)
+    progress(len(prompts))
     return pictures
 
 
-def counter(what: str, total: int, unit: str = "picture") -> Callable[[int], None]:
-    """Announces some work; returns a function to be told how much more of it is done, which shows how far it is."""
+def progress_of(what: str, total: int, unit: str = "picture") -> Callable[[int], None]:
+    """Announces some work; returns a function that is called with how much more of it is done,
+    and shows it."""
     print(f"{what}: {total} {unit}s to do", flush=True)
-    progress, done = Progress(total, unit=unit, stream=sys.stdout), 0
+    line, done = Progress(total, unit=unit, stream=sys.stdout), 0
 
-    def tell(more: int) -> None:
+    def advance(more: int) -> None:
         nonlocal done
         done += more
-        progress.show(done, what)
+        line.show(done, what)
         if done == total:
-            progress.close()
+            line.close()
 
-    return tell
-
-
-# ------------------------------------------------------------------------------------------------- legible
+    return advance
 
 
-def legible(writer: Writer, data: PictureFolder, cfg: EvaluateConfig, folder: Path) -> tuple[dict, list[str]]:
+# ---------------------------------------------------------------------------------------------------- legible
+
+
+def legible(model: TextToImage, data: CaptionedImages, cfg: EvaluateConfig,
+            folder: Path) -> tuple[dict, list[str]]:
     """Shares named right by the judge. Captions are read as a character, then its hand."""
     if not cfg.judge:
         print("legibility: skipped (no --judge)")
         return {}, []
-    if writer.picture.channels != 1:
+    if model.format.channels != 1:
         raise UserError("--judge reads grey pictures; this run writes colour")
-    from train.judge import load_judge, name_pictures
+    from .glyphs import classify_images, load_judge
 
     judge = load_judge(cfg.judge)
-    characters = list(dict.fromkeys(caption.split()[0] for caption in writer.captions))
+    characters = list(dict.fromkeys(caption.split()[0] for caption in model.captions))
     strange = [c for c in characters if c not in judge.names]
     if strange:
         raise UserError(f"{cfg.judge}: this judge does not know {'、'.join(strange)}")
 
     def share(prompts: list[str], pictures: Tensor) -> list[bool]:
-        names, _ = name_pictures(judge, pictures)
+        names, _ = classify_images(judge, pictures)
         return [name == prompt.split()[0] for name, prompt in zip(names, prompts, strict=True)]
 
     rows, results, shown = [], {}, []
     strengths = (0.0, 1.0, 1.5, 2.0, 3.0)
-    tell = counter("legible", 2 * len(characters) * cfg.count + len(strengths) * len(writer.captions))
+    progress = progress_of("legible", 2 * len(characters) * cfg.count + len(strengths) * len(model.captions))
     for character in characters:
-        captions = [c for c in writer.captions if c.split()[0] == character]
+        captions = [c for c in model.captions if c.split()[0] == character]
         with_hands = [captions[i % len(captions)] for i in range(cfg.count)]
-        alone = writer.completed(character, cfg.count, cfg.seed)
+        alone = model.completed(character, cfg.count, cfg.seed)
         for label, prompts in (("alone", alone), ("with each hand", with_hands)):
-            pictures = write(writer, prompts, cfg, tell)
+            pictures = draw(model, prompts, cfg, progress)
             right = share(prompts, pictures)
             results[f"legible {character} {label}"] = sum(right) / len(right)
             rows.append([character, label, f"{sum(right)} of {len(right)}"])
             shown.append(pictures)
     for guidance in strengths:
-        right = share(writer.captions, write(writer, writer.captions, cfg, tell, guidance))
+        right = share(model.captions, draw(model, model.captions, cfg, progress, guidance))
         results[f"legible at guidance {guidance:g}"] = sum(right) / len(right)
         rows.append(["each caption once", f"guidance {guidance:g}", f"{sum(right)} of {len(right)}"])
-    right = share(data.captions, data.pictures())
+    right = share(data.captions, data.images())
     rows.append(["training pictures", "", f"{sum(right)} of {len(right)}"])
     print("\n".join("legible: " + " ".join(row) for row in rows))
     save_grid(torch.cat(shown), folder / "evaluation_legible.png", columns=cfg.count)
     return results, [
         "<h2>Legible</h2><p>Named right by a classifier that never saw this run.</p>",
-        report.picture(folder / "evaluation_legible.png", "Two rows a character: alone, then with each hand in turn"),
+        report.picture(folder / "evaluation_legible.png",
+                       "Two rows a character: alone, then with each hand in turn"),
         report.table(rows, ["prompt", "", "named right"]),
     ]
 
 
-# -------------------------------------------------------------------------------------------------- memory
+# ----------------------------------------------------------------------------------------------------- memory
 
 
-def memory(writer: Writer, data: PictureFolder, cfg: EvaluateConfig, folder: Path) -> tuple[dict, list[str]]:
+def memory(model: TextToImage, data: CaptionedImages, cfg: EvaluateConfig,
+           folder: Path) -> tuple[dict, list[str]]:
     """Are samples copies? Aligned distances, root mean square in grey levels from -1 to 1."""
-    pictures = data.pictures()
+    pictures = data.images()
     prompts = [data.captions[i % len(data.captions)] for i in range(max(20, len(data.captions)))][:60]
-    samples = write(writer, prompts, cfg, counter("memory", len(prompts)))
+    samples = draw(model, prompts, cfg, progress_of("memory", len(prompts)))
     copies = jitter(pictures, torch.Generator().manual_seed(cfg.seed))
     pairs = {"samples to nearest training picture": (samples, pictures),
              "jittered copies to nearest training picture": (copies, pictures)}
     if len(pictures) > 1:
         pairs["training pictures to nearest other"] = (pictures, pictures)
-    tell = counter("memory, aligning", ALIGNMENT_STEPS * len(pairs), "step")
-    groups = {name: nearest_aligned(asked, bank, others=asked is bank, tell=tell)
+    progress = progress_of("memory, aligning", ALIGNMENT_STEPS * len(pairs), "step")
+    groups = {name: nearest_aligned(asked, bank, others=asked is bank, progress=progress)
               for name, (asked, bank) in pairs.items()}
     rows = [[name, f"{d.median():.3f}", f"{d.min():.3f}", f"{d.max():.3f}"] for name, d in groups.items()]
-    print("\n".join(f"memory: {name}: median {median}, from {low} to {high}" for name, median, low, high in rows))
+    print("\n".join(f"memory: {name}: median {median}, from {low} to {high}"
+                    for name, median, low, high in rows))
     results = {f"aligned distance, {name}": d.median().item() for name, d in groups.items()}
     return results, [
-        "<h2>Memory</h2><p>Distance after the best affine alignment. Samples as near as jittered copies would be copies "
-        "of a training picture, as far as training pictures are from each other new ones; in between they redraw.</p>",
-        report.table(rows, ["", "median", "least", "most"]),
+        "<h2>Memory</h2><p>Distance after the best affine alignment. Samples as near as jittered copies "
+        "would be copies "
+        "of a training picture, as far as training pictures are from each other new ones; in between they "
+        "redraw.</p>", report.table(rows, ["", "median", "least", "most"]),
     ]
 
 
@@ -171,8 +179,9 @@ ALIGNMENT_STEPS = 80
 
 
 def nearest_aligned(pictures: Tensor, bank: Tensor, others: bool = False, candidates: int = 3,
-                    tell: Callable[[int], None] = lambda more: None) -> Tensor:
-    """Distance [N] of each picture to the nearest of the bank, each pair aligned first; `others`: not to itself.
+                    progress: Callable[[int], None] = lambda more: None) -> Tensor:
+    """Distance [N] of each picture to the nearest of the bank, each pair aligned first;
+    `others`: not to itself.
 
     Blurred pictures choose the `candidates` worth aligning.
     """
@@ -184,13 +193,15 @@ def nearest_aligned(pictures: Tensor, bank: Tensor, others: bool = False, candid
         rough.fill_diagonal_(float("inf"))
     chosen = rough.topk(min(candidates, len(bank) - others), largest=False).indices    # [N, k]
     k = chosen.shape[1]
-    distances = aligned_distance(bank[chosen.flatten()], pictures.repeat_interleave(k, dim=0), tell=tell)
+    distances = aligned_distance(bank[chosen.flatten()], pictures.repeat_interleave(k, dim=0),
+                                 progress=progress)
     return distances.reshape(-1, k).min(dim=1).values
 
 
 def aligned_distance(moving: Tensor, fixed: Tensor, steps: int = ALIGNMENT_STEPS,
-                     tell: Callable[[int], None] = lambda more: None) -> Tensor:
-    """Least root mean square difference over affine maps of `moving` [P, C, S, S] onto `fixed`, pair by pair -> [P].
+                     progress: Callable[[int], None] = lambda more: None) -> Tensor:
+    """Least root mean square difference over affine maps of `moving` [P, C, S, S] onto `fixed`,
+    pair by pair -> [P].
 
     Found by Adam from the identity, on blurred pictures first so that strokes need not overlap at the start.
     """
@@ -208,29 +219,31 @@ def aligned_distance(moving: Tensor, fixed: Tensor, steps: int = ALIGNMENT_STEPS
             optimizer.zero_grad()
             loss.sum().backward()
             optimizer.step()
-            tell(1)
+            progress(1)
     return best.sqrt()
 
 
-# ------------------------------------------------------------------------------------------------- control
+# ---------------------------------------------------------------------------------------------------- control
 
 
 CONTROL = (
-    "Control: does each setting steer the picture? One of seed, prompt and guidance is changed, the others stay.",
-    "Difference: how far that moves a pixel on the scale from -1 (black) to 1 (white), root mean square over the "
-    "picture, mean over the captions; 0 means that the setting does nothing.",
+    "Control: does each setting steer the picture? One of seed, prompt and guidance is changed, the others "
+    "stay.",
+    "Difference: how far that moves a pixel on the scale from -1 (black) to 1 (white), root mean square over "
+    "the picture, mean over the captions; 0 means that the setting does nothing.",
 )
 
 
-def control(writer: Writer, data: PictureFolder, cfg: EvaluateConfig, folder: Path) -> tuple[dict, list[str]]:
+def control(model: TextToImage, data: CaptionedImages, cfg: EvaluateConfig,
+            folder: Path) -> tuple[dict, list[str]]:
     """Does each control change the picture? Mean root mean square difference when one is changed alone."""
-    captions = writer.captions[:20]
-    tell = counter("control", 6 * len(captions))
-    base, second, third = (write(writer, captions, cfg, tell, seed=seed) for seed in (0, 1000, 2000))
+    captions = model.captions[:20]
+    progress = progress_of("control", 6 * len(captions))
+    base, second, third = (draw(model, captions, cfg, progress, seed=seed) for seed in (0, 1000, 2000))
     others = {"another seed, same prompt": second,
-              "another prompt, same seed": write(writer, captions[1:] + captions[:1], cfg, tell),
-              "no guidance (0), same seed and prompt": write(writer, captions, cfg, tell, guidance=0.0),
-              "strong guidance (3), same seed and prompt": write(writer, captions, cfg, tell, guidance=3.0)}
+              "another prompt, same seed": draw(model, captions[1:] + captions[:1], cfg, progress),
+              "no guidance (0), same seed and prompt": draw(model, captions, cfg, progress, guidance=0.0),
+              "strong guidance (3), same seed and prompt": draw(model, captions, cfg, progress, guidance=3.0)}
     rows = [[name, (base - x).square().flatten(1).mean(1).sqrt().mean().item()] for name, x in others.items()]
     print("\n".join([*CONTROL, *(f"control: {name}: difference {value:.3f}" for name, value in rows)]))
     columns = len(captions) if len(captions) > 1 else grid_columns(3)
@@ -238,9 +251,10 @@ def control(writer: Writer, data: PictureFolder, cfg: EvaluateConfig, folder: Pa
     return {name: value for name, value in rows}, [
         f"<h2>Control</h2><p>{' '.join(CONTROL)}</p>",
         report.table([[name, f"{value:.3f}"] for name, value in rows], ["changed", "difference"]),
-        report.picture(folder / "evaluation_seeds.png", "The captions in order, three seeds below each other"),
+        report.picture(folder / "evaluation_seeds.png",
+                       "The captions in order, three seeds below each other"),
     ]
 
 
 if __name__ == "__main__":
-    run(lambda: main(parse_flags(EvaluateConfig, __doc__.split("\n\n")[0])))
+    start(lambda: main(parse_flags(EvaluateConfig, __doc__.split("\n\n")[0])))

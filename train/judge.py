@@ -1,6 +1,6 @@
 """An independent judge: names the character that a grey picture shows, or says that it shows none.
 
-Read after: data/make_calligraphy.py, whose fonts it learns from. Measures how legible generated pictures are.
+Read after data/make_calligraphy.py, whose fonts it learns from. Measures how legible generated pictures are.
     python -m train.judge --fonts FONTS --out out/judge [--fetch]       trains, prints how good it is
     python -m train.judge --run out/judge --pictures DIR [--expect 春]  names pictures
 The class "none" is learnt from noise, blots, mixtures, broken glyphs: a judge without it is sure of noise.
@@ -9,7 +9,6 @@ Shapes: N pictures, 1 channel, 64x64, -1 ink .. 1 paper.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -18,15 +17,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from data.folder import SUFFIXES, jitter, list_pictures, read_picture
-from data.make_calligraphy import FILL, FONTS, MORE_FONTS, distinct, draw, locate
-from miniclip.weights import atomic_write
-from train.common import SEEDS, Progress, UserError, check_flags, command, flag, make_folder, parse_flags, run
+from .data.augment import jitter
+from .data.image import SUFFIXES, read_image
+from .data.table import list_captioned
+from .errors import UserError
+from .glyphs import NONE, SIZE, GlyphClassifier, classify_images, load_judge, save_judge
+from .run.cli import MAX_SEED, check_flags, flag, parse_flags, start
+from .run.folder import make_folder
+from .run.log import Progress
 
-SIZE = 64
-NONE = "none"       # the name of a picture that shows no character
+INK_SIDE = 0.84     # the long side of the ink, as a share of the picture: data/make_calligraphy.py's FILL
 LOOK_ALIKES = ("泰奏秦舂奉眷椿捧拳券卷養棒青湖漢瞞滴漏滯沛浦湧渦備兩港濕灌潮演漫澗波海清朝幹韓乹"
                "乞吃戟斡翰乳亂軋草卓靴神伸坡坦埋申土地坪坊均坑塊堆埠紳呻暢押抽甲由田軸")
 COMMON = ("一上下不中之也了交人他以但何來信個出到前去可同和問因國在多大天好如子學定家對小就工年後得心"
@@ -39,85 +41,27 @@ CHARACTERS = "春滿乾坤" + LOOK_ALIKES + COMMON      # 268
 
 @dataclass(frozen=True)
 class JudgeConfig:
+    """The flags of train.judge."""
+
     out: str = flag("out/judge", "folder for the trained judge")
     fonts: str = flag("out/fonts", "folder with the fonts")
     fetch: bool = flag(False, "download the fonts that are missing")
     leave_out: str = flag("ukai,seto,zen-antique", "hands kept for the test, never trained on, with commas")
     steps: int = flag(1000, "optimizer steps", at_least=10)
     batch: int = flag(192, "glyphs a step; a quarter as many pictures of nothing come on top", at_least=8)
-    seed: int = flag(0, "one seed, one judge", **SEEDS)
+    seed: int = flag(0, "one seed, one judge", at_least=0, at_most=MAX_SEED)
     overwrite: bool = flag(False, "train anew where --out holds a judge")
     run: str = flag("", "instead of training: a trained judge to use")
     pictures: str = flag("", "with --run: the folder of pictures to name")
     expect: str = flag("", "with --run: what all of them should show")
 
 
-# ---- the model
-
-class Judge(nn.Module):
-    """Six convolutions and one linear layer: [N, 1, 64, 64] -> logits [N, names + 1], the last for "none"."""
-
-    def __init__(self, names: list[str], width: int = 24):
-        super().__init__()
-        self.names, self.width = [*names, NONE], width
-        self.body = nn.Sequential(
-            *conv(1, width, 2, kernel=5),                       # [N,   w, 32, 32]
-            *conv(width, 2 * width, 2),                         # [N,  2w, 16, 16]
-            *conv(2 * width, 2 * width, 1),
-            *conv(2 * width, 4 * width, 2),                     # [N,  4w,  8,  8]
-            *conv(4 * width, 4 * width, 1),
-            *conv(4 * width, 6 * width, 2),                     # [N,  6w,  4,  4]
-        )
-        # flattened, not averaged: where a part stands tells 由 from 甲
-        self.head = nn.Sequential(nn.Flatten(), nn.Dropout(0.3), nn.Linear(6 * width * 16, len(self.names)))
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.head(self.body(pictures))
-
-
-def conv(c_in: int, c_out: int, stride: int, kernel: int = 3) -> list[nn.Module]:
-    return [nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
-
-
-@torch.no_grad()
-def name_pictures(model: Judge, pictures: Tensor) -> tuple[list[str], Tensor]:
-    """Pictures [N, 1, H, W] in -1..1, ink black -> N names ("none": no character), probabilities [N]."""
-    model.eval()
-    pictures = pictures.to(model.head[-1].weight).clamp(-1, 1)      # its device and type
-    if pictures.shape[-2:] != (SIZE, SIZE):
-        pictures = F.interpolate(pictures, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
-    probabilities = torch.cat([model(part).softmax(1) for part in pictures.split(256)])
-    best, index = probabilities.max(1)
-    return [model.names[i] for i in index.tolist()], best.cpu()
-
-
-def save_judge(model: Judge, out: Path, report: dict) -> None:
-    with atomic_write(out / "judge.pt") as file:
-        torch.save(model.state_dict(), file)
-    config = {"names": model.names[:-1], "width": model.width, "report": report}
-    with atomic_write(out / "judge.json") as file:
-        file.write(json.dumps(config, ensure_ascii=False, indent=1).encode("utf-8"))
-
-
-def load_judge(folder) -> Judge:
-    """A judge that `python -m train.judge --out folder` trained; UserError when there is none."""
-    config, weights = Path(folder) / "judge.json", Path(folder) / "judge.pt"
-    try:
-        fields = json.loads(config.read_text(encoding="utf-8"))
-        model = Judge(fields["names"], fields["width"])
-        model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    except FileNotFoundError as error:
-        train_one = command("train.judge")
-        raise UserError(f"{error.filename}: no such file; train a judge with {train_one}") from None
-    except Exception as error:  # noqa: BLE001  whatever a broken file raises
-        raise UserError(f"{folder}: not a judge ({type(error).__name__}: {error})") from None
-    return model.eval()
-
-
-# ---- what it learns from
+# ---------------------------------------------------------------------------------------- what it learns from
 
 def glyphs(fonts: list, characters: str = CHARACTERS) -> tuple[Tensor, Tensor, Tensor]:
     """Renders all: pictures uint8 [M, 1, 64, 64], the index of each one's character [M], of its hand [M]."""
+    from data.make_calligraphy import draw
+
     found = []
     for hand, (font, path) in enumerate(fonts):
         for index, character in enumerate(characters):
@@ -129,7 +73,7 @@ def glyphs(fonts: list, characters: str = CHARACTERS) -> tuple[Tensor, Tensor, T
 
 
 def _fit(ink: Image.Image) -> Tensor:
-    scale = FILL * SIZE / max(ink.size)
+    scale = INK_SIDE * SIZE / max(ink.size)
     ink = ink.resize([max(1, round(side * scale)) for side in ink.size], Image.Resampling.BOX)
     paper = Image.new("L", (SIZE, SIZE), 0)
     paper.paste(ink, ((SIZE - ink.width) // 2, (SIZE - ink.height) // 2))
@@ -137,6 +81,7 @@ def _fit(ink: Image.Image) -> Tensor:
 
 
 def uniform(n: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    """One number between low and high for each of n pictures, [N, 1, 1, 1]."""
     return torch.rand(n, 1, 1, 1, generator=generator) * (high - low) + low
 
 
@@ -196,9 +141,9 @@ def scramble(x: Tensor, parts: int, g: torch.Generator) -> Tensor:
     return F.fold(tiles, side * parts, side, stride=side)[..., :SIZE, :SIZE]
 
 
-# ---- training and testing
+# --------------------------------------------------------------------------------------- training and testing
 
-def train(model: Judge, pictures: Tensor, labels: Tensor, cfg: JudgeConfig) -> None:
+def train(model: GlyphClassifier, pictures: Tensor, labels: Tensor, cfg: JudgeConfig) -> None:
     """pictures uint8 [M, 1, 64, 64], labels [M]: AdamW, its rate falls on a cosine to 1 %."""
     g = torch.Generator().manual_seed(cfg.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
@@ -223,13 +168,13 @@ def train(model: Judge, pictures: Tensor, labels: Tensor, cfg: JudgeConfig) -> N
     progress.close()
 
 
-def share(model: Judge, pictures: Tensor, names: list[str]) -> float:
+def share(model: GlyphClassifier, pictures: Tensor, names: list[str]) -> float:
     """The share of pictures that get their name."""
-    found, _ = name_pictures(model, pictures)
+    found, _ = classify_images(model, pictures)
     return sum(a == b for a, b in zip(found, names, strict=True)) / len(names)
 
 
-def examine(model: Judge, pictures: Tensor, labels: Tensor, hands: Tensor, styles: list[str],
+def measure(model: GlyphClassifier, pictures: Tensor, labels: Tensor, hands: Tensor, styles: list[str],
             left_out: set[str]) -> dict:
     """What the judge gets right on new changes and on hands that it never saw; prints it, and returns it."""
     g = torch.Generator().manual_seed(987_654_321)      # no augmentation of the training
@@ -257,13 +202,28 @@ def examine(model: Judge, pictures: Tensor, labels: Tensor, hands: Tensor, style
     return report
 
 
-def teach(cfg: JudgeConfig) -> None:
+def load_fonts(cfg: JudgeConfig) -> list:
+    """The hands to learn from, each once. Raises UserError where a font is missing,
+    and outside a checkout."""
+    try:
+        from data.make_calligraphy import FONTS, MORE_FONTS, MakerError, distinct, locate
+    except ModuleNotFoundError:
+        raise UserError("the judge learns from the fonts that data/make_calligraphy.py names: train it in a "
+                        "checkout of the project") from None
+    try:
+        return distinct(locate(FONTS + MORE_FONTS, Path(cfg.fonts), cfg.fetch), CHARACTERS)
+    except MakerError as error:
+        raise UserError(str(error)) from None
+
+
+def fit(cfg: JudgeConfig) -> None:
+    """Trains a judge, measures it and saves it."""
     found = [name for name in ("judge.pt", "judge.json") if (Path(cfg.out) / name).exists()]
     if found and not cfg.overwrite:
-        raise UserError(f"--out {cfg.out}: holds a judge already ({found[0]}); --overwrite trains another in its "
-                        "place, another --out leaves it as it is")
+        raise UserError(f"--out {cfg.out}: holds a judge already ({found[0]}); --overwrite trains another in "
+                        "its place, another --out leaves it as it is")
     start, out, left_out = time.monotonic(), make_folder(cfg.out), set(filter(None, cfg.leave_out.split(",")))
-    fonts = distinct(locate(FONTS + MORE_FONTS, Path(cfg.fonts), cfg.fetch), CHARACTERS)
+    fonts = load_fonts(cfg)
     styles = [font.style for font, _ in fonts]
     if left_out - set(styles):
         raise UserError(f"--leave-out {cfg.leave_out}: of {' '.join(styles)}")
@@ -272,24 +232,24 @@ def teach(cfg: JudgeConfig) -> None:
     print(f"{len(pictures)} glyphs of {len(CHARACTERS)} characters in {len(fonts)} hands, {len(left_out)} "
           f"of these left out of the training ({time.monotonic() - start:.0f} s)", flush=True)
     known = torch.tensor([style not in left_out for style in styles])[hands]
-    model = Judge(list(CHARACTERS))
+    model = GlyphClassifier(list(CHARACTERS))
     train(model, pictures[known], labels[known], cfg)
-    save_judge(model, out, examine(model, pictures, labels, hands, styles, left_out))
+    save_judge(model, out, measure(model, pictures, labels, hands, styles, left_out))
     print(f"{out}: trained in {time.monotonic() - start:.0f} s")
 
 
-# ---- naming pictures
+# -------------------------------------------------------------------------------------------- naming pictures
 
-def ask(cfg: JudgeConfig) -> None:
+def classify(cfg: JudgeConfig) -> None:
     """Names each picture below a folder; it should show --expect, or its caption's first character."""
     model, folder = load_judge(cfg.run), Path(cfg.pictures)
     flat = sorted(p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES and p.stem != "grid")
     if flat and not (folder / "captions.csv").exists():         # what train.sample writes
         expected = [(path, cfg.expect) for path in flat]
     else:
-        expected = [(entry.path, cfg.expect or entry.caption[0]) for entry in list_pictures(folder)]
-    pictures = torch.stack([read_picture(path, SIZE, 1) for path, _ in expected]).float() / 127.5 - 1
-    names, probabilities = name_pictures(model, pictures)
+        expected = [(entry.path, cfg.expect or entry.caption[0]) for entry in list_captioned(folder)]
+    pictures = torch.stack([read_image(path, SIZE, 1) for path, _ in expected]).float() / 127.5 - 1
+    names, probabilities = classify_images(model, pictures)
     right = 0
     for (path, wanted), name, p in zip(expected, names, probabilities.tolist(), strict=True):
         right += name == wanted
@@ -300,13 +260,17 @@ def ask(cfg: JudgeConfig) -> None:
 
 
 def main(cfg: JudgeConfig) -> None:
+    """Trains a judge or, with --run, names pictures with one.
+
+    Raises UserError, and DataError for pictures that cannot be read.
+    """
     check_flags(cfg)
     if bool(cfg.run) != bool(cfg.pictures):
         raise UserError("--run and --pictures go together: a trained judge, and what it shall name")
     if cfg.expect and cfg.expect not in CHARACTERS:
         raise UserError(f"--expect {cfg.expect}: not one of the {len(CHARACTERS)} characters that are judged")
-    ask(cfg) if cfg.run else teach(cfg)
+    classify(cfg) if cfg.run else fit(cfg)
 
 
 if __name__ == "__main__":
-    run(lambda: main(parse_flags(JudgeConfig, __doc__.split("\n\n")[0])))
+    start(lambda: main(parse_flags(JudgeConfig, __doc__.split("\n\n")[0])))

@@ -1,16 +1,17 @@
-"""Fine-tuning what others trained: SD 1, SD 2, SDXL and their kin for inpainting behind the face of a Writer.
+"""Fine-tuning SD 1, SD 2, SDXL and their inpainting models behind the face of TextToImage.
 
-Read after writer.py and lora.py. Papers: Rombach 2022 (diffusion in a VAE's latents; inpainting), Podell 2023 (SDXL).
-Only the UNet learns; VAE and text encoders stay as they are, so a picture's latents and what the UNet hears of a caption
-never change: they are computed once, in float32, and kept on the disk. Jitter and flips would change pictures.
+Read after text_to_image.py and lora.py.
+Papers: Rombach 2022 (diffusion in a VAE's latents; inpainting), Podell 2023 (SDXL).
+Only the UNet learns; VAE and text encoders stay as they are, so an image's latents and the conditioning of a
+caption never change: they are computed once, in float32, and cached on disk. Jitter and flips would change
+images.
 Mirrors, for what the UNet is given: diffusers' train_text_to_image_sdxl.py, and the pipelines for inpainting.
-Shapes: N pictures, B batch, S picture size, L latent channels, f the VAE's factor, h = w = S/f, M masks of a picture.
+Shapes: N images, B batch, S image size, L latent channels, f the VAE's factor, h = w = S/f, M masks of an
+image.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -20,21 +21,26 @@ from torch import Tensor
 from miniclip.weights import WeightsError, load_file, save_file
 from minidiff import DDPMScheduler
 from minidiff.pipeline import StableDiffusionPipeline
-from train.common import UserError
-from train.writer import PictureFormat, Writer
+from minidiff.text_to_image import ImageFormat, TextToImage
 
-MASKS = 4       # of each picture, in inpainting: one covers it all, so a quarter of the training is without a picture
+from .errors import UserError
+from .run.state import checksum
+
+# of each image, in inpainting: one covers it all, so a quarter of the training is without an image
+MASKS = 4
+UNET_MULTIPLE = 8   # three downsamplings: latents have to be a multiple of 2^3
 
 
-class LatentWriter(Writer):
-    """Folds by the VAE's encoder (the mean of its Gaussian) and unfolds by its decoder. Call `latents` before all else."""
+class LatentTextToImage(TextToImage):
+    """Encodes by the VAE's encoder (the mean of its Gaussian), decodes by its decoder.
+    Call `cache_latents` first."""
 
-    at_once = 8
+    max_batch = 8
 
     def __init__(self, pipe: StableDiffusionPipeline, size: int, captions: list[str]):
         scheduler = DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=False)      # latents pass 1
-        super().__init__(pipe.unet, pipe.text_encoder, pipe.tokenizer, scheduler, PictureFormat(size, 3, pipe.factor),
-                         list(dict.fromkeys(captions)))
+        super().__init__(pipe.unet, pipe.text_encoder, pipe.tokenizer, scheduler,
+                         ImageFormat(size, 3, pipe.factor), list(dict.fromkeys(captions)))
         self.vae, self.pipe = pipe.vae, pipe
         if pipe.is_xl:
             self.text_encoder_2 = pipe.text_encoder_2
@@ -44,67 +50,80 @@ class LatentWriter(Writer):
         self.inpaints = pipe.unet.config.in_channels != pipe.vae.config.latent_channels
         self.masks = MASKS if self.inpaints else 1
         self.texts: dict[str, dict[str, Tensor]] = {}   # of each prompt: text [T, D], and for SDXL pooled [P]
-        self.surroundings = torch.empty(0)              # in inpainting, [N, M, 1 + L, h, w]
+        self.inpaint_inputs = torch.empty(0)            # in inpainting, [N, M, 1 + L, h, w]
 
-    # ---- the VAE, a picture at a time: one of 1024 x 1024 takes it gigabytes
+    @property
+    def size_multiple(self) -> int:
+        """Images have to be as large as this, or a multiple of it."""
+        return self.pipe.factor * UNET_MULTIPLE
+
+    # ---- the VAE, an image at a time: one of 1024 x 1024 takes it gigabytes
 
     @torch.no_grad()
-    def fold(self, pictures: Tensor) -> Tensor:
-        mean, std = self.pipe._statistics(pictures)
-        means = torch.cat([self.vae.encode(picture).latent_dist.mode() for picture in pictures.split(1)])
+    def encode(self, images: Tensor) -> Tensor:
+        """[B, 3, S, S] in [-1, 1] -> [B, L, h, w], shifted and scaled as the UNet takes them."""
+        mean, std = self.pipe.latent_statistics(images)
+        means = torch.cat([self.vae.encode(image).latent_dist.mode() for image in images.split(1)])
         return (means - mean) * self.vae.config.scaling_factor / std
 
     @torch.no_grad()
-    def unfold(self, x: Tensor) -> Tensor:
-        return torch.cat([self.pipe._decode(latents) for latents in x.split(1)])
+    def decode(self, x0: Tensor) -> Tensor:
+        """[B, L, h, w] -> images [B, 3, S, S] in [-1, 1]."""
+        return torch.cat([self.pipe.decode_latents(latents) for latents in x0.split(1)])
 
-    # ---- what the UNet hears
+    def to_x0(self, images: Tensor) -> Tensor:
+        """The data holds latents [B, L, h, w] already: those of `cache_latents`."""
+        return images
 
-    def encode(self, prompts: list[str]) -> Tensor:
-        return self.told(prompts)["text"]
+    # ---- conditioning
 
-    def told(self, prompts: list[str]) -> dict[str, Tensor]:
-        """text [B, T, D]; of SDXL also pooled [B, P] and sizes [B, 6]: all pictures are S x S, and whole."""
-        told = {name: values.to(self.device) for name, values in self._texts(prompts).items()}
+    def conditioning(self, prompts: list[str]) -> dict[str, Tensor]:
+        """text [B, T, D]; of SDXL also pooled [B, P] and sizes [B, 6]: all images are S x S, and whole."""
+        found = {name: values.to(self.device) for name, values in self._texts(prompts).items()}
         if self.pipe.is_xl:
-            whole = (self.picture.size, self.picture.size)
-            told["sizes"] = self.pipe._sizes(whole, (0, 0), whole, told["text"])
-        return told
+            whole = (self.format.size, self.format.size)
+            found["sizes"] = self.pipe.size_conditioning(whole, (0, 0), whole, found["text"])
+        return found
 
     def _texts(self, prompts: list[str]) -> dict[str, Tensor]:
-        """As the disk keeps them: text [B, T, D], and for SDXL pooled [B, P]."""
-        self.texts.update({prompt: self._read(prompt) for prompt in dict.fromkeys(prompts) if prompt not in self.texts})
+        """As the cache keeps them: text [B, T, D], and for SDXL pooled [B, P]."""
+        self.texts.update({prompt: self._encode_prompt(prompt) for prompt in dict.fromkeys(prompts)
+                           if prompt not in self.texts})
         texts = [self.texts[prompt] for prompt in prompts]
         return {name: torch.stack([text[name] for text in texts]) for name in texts[0]}
 
     @torch.no_grad()
-    def _read(self, prompt: str) -> dict[str, Tensor]:
-        """As the pipeline reads it, an empty prompt like the absent negative one, which may be zeros in SDXL."""
+    def _encode_prompt(self, prompt: str) -> dict[str, Tensor]:
+        """As the pipeline does, an empty prompt like the absent negative one, which may be zeros in SDXL."""
         text, pooled = self.pipe.encode_prompt([prompt], [prompt], None)
-        silent = self.pipe.is_xl and self.pipe.force_zeros_for_empty_prompt and not prompt
+        zeros = self.pipe.is_xl and self.pipe.force_zeros_for_empty_prompt and not prompt
         read = {"text": text, "pooled": pooled} if self.pipe.is_xl else {"text": text}
-        return {name: (torch.zeros_like(values) if silent else values)[0].cpu() for name, values in read.items()}
+        return {name: (torch.zeros_like(values) if zeros else values)[0].cpu()
+                for name, values in read.items()}
 
-    # ---- what the UNet sees
+    # ---- inpainting
 
-    def around(self, chosen: Tensor, masks: Tensor) -> dict[str, Tensor]:
-        """In inpainting, of pictures chosen [B] under masks [B]: around [B, 1 + L, h, w], as `surround` makes it."""
-        return {"around": self.surroundings[chosen, masks].to(self.device)} if self.inpaints else {}
+    def inpaint_input(self, indices: Tensor, masks: Tensor) -> dict[str, Tensor]:
+        """In inpainting, of images [B] under masks [B]: inpaint [B, 1 + L, h, w],
+        as `mask_and_latents` makes it."""
+        return {"inpaint": self.inpaint_inputs[indices, masks].to(self.device)} if self.inpaints else {}
 
-    def surround(self, pictures: Tensor, mask: Tensor) -> Tensor:
-        """[B, 3, S, S] and a mask [1 or B, 1, S, S], 1 = paint here -> [B, 1 + L, h, w]: the mask, and the latents of
-        the pictures, grey under it."""
-        small = F.interpolate(mask, size=self.code_shape[1:]).expand(len(pictures), -1, -1, -1)
-        return torch.cat([small, self.fold(pictures * (1 - mask))], dim=1)
+    def mask_and_latents(self, images: Tensor, mask: Tensor) -> Tensor:
+        """[B, 3, S, S] and a mask [1 or B, 1, S, S], 1 = paint here -> [B, 1 + L, h, w]: the mask, and the
+        latents of the images, grey under it."""
+        small = F.interpolate(mask, size=self.latent_shape[1:]).expand(len(images), -1, -1, -1)
+        return torch.cat([small, self.encode(images * (1 - mask))], dim=1)
 
-    def _surroundings(self, pictures: Tensor) -> Tensor:
-        """[N, 3, S, S] -> [N, M, 1 + L, h, w]. A picture's first mask covers all of it, the others are random."""
-        dice, S = torch.Generator().manual_seed(0), self.picture.size
-        nothing = self.surround(torch.zeros_like(pictures[:1]), torch.ones_like(pictures[:1, :1]))
+    def _inpaint_inputs(self, images: Tensor) -> Tensor:
+        """[N, 3, S, S] -> [N, M, 1 + L, h, w]. An image's first mask covers all of it,
+        the others are random."""
+        generator, S = torch.Generator().manual_seed(0), self.format.size
+        nothing = self.mask_and_latents(torch.zeros_like(images[:1]), torch.ones_like(images[:1, :1]))
         rows = []
-        for picture in pictures.split(1):
-            masks = torch.stack([random_mask(S, dice) for _ in range(MASKS - 1)]).to(pictures)
-            rows.append(torch.cat([nothing, self.surround(picture.expand(MASKS - 1, -1, -1, -1), masks)]).cpu())
+        for image in images.split(1):
+            masks = torch.stack([random_mask(S, generator) for _ in range(MASKS - 1)]).to(images)
+            rows.append(torch.cat([nothing,
+                                   self.mask_and_latents(image.expand(MASKS - 1, -1, -1, -1), masks)]).cpu())
         return torch.stack(rows)
 
     # ---- files
@@ -113,67 +132,63 @@ class LatentWriter(Writer):
         """A whole model folder, that minidiff and diffusers open."""
         self.pipe.save_pretrained(folder)
 
-    def latents(self, pictures: Tensor, cache: Path, key: str) -> Tensor:
-        """[N, 3, S, S] -> [N, L, h, w], and all that the UNet will hear and see besides; from the disk if it was made
-        before from the same pictures, captions and models."""
+    def cache_latents(self, images: Tensor, cache: Path, key: str) -> Tensor:
+        """[N, 3, S, S] -> [N, L, h, w], and all conditioning besides; from the disk if it was made before
+        from the same images, captions and models."""
         prompts = list(dict.fromkeys(["", *self.captions]))
-        path = cache / f"{key}-{self._checksum(pictures, prompts):08x}.safetensors"
-        rows = {"latents": len(pictures), "text": len(prompts)}
+        path = cache / f"{key}-{self._checksum(images, prompts):08x}.safetensors"
+        rows = {"latents": len(images), "text": len(prompts)}
         rows |= {"pooled": len(prompts)} if self.pipe.is_xl else {}
-        rows |= {"surroundings": len(pictures)} if self.inpaints else {}
+        rows |= {"surroundings": len(images)} if self.inpaints else {}      # the name that cache files have
         kept = read_cache(path, rows)
         if kept is None:
-            kept = {"latents": self.fold(pictures), **self._texts(prompts)}
-            kept |= {"surroundings": self._surroundings(pictures)} if self.inpaints else {}
+            kept = {"latents": self.encode(images), **self._texts(prompts)}
+            kept |= {"surroundings": self._inpaint_inputs(images)} if self.inpaints else {}
             cache.mkdir(parents=True, exist_ok=True)
             save_file(kept, path)
         texts = [name for name in ("text", "pooled") if name in kept]
         self.texts = {prompt: {name: kept[name][i] for name in texts} for i, prompt in enumerate(prompts)}
-        self.surroundings = kept.get("surroundings", self.surroundings)
+        self.inpaint_inputs = kept.get("surroundings", self.inpaint_inputs)
         return kept["latents"].to(self.device)
 
-    def _checksum(self, pictures: Tensor, prompts: list[str]) -> int:
+    def _checksum(self, images: Tensor, prompts: list[str]) -> int:
         """Of everything that latents and texts come from: about a second for SDXL's four gigabytes."""
         tokenizers = [self.pipe.tokenizer] + [self.pipe.tokenizer_2] * self.pipe.is_xl
         ids = [tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
                for tokenizer in tokenizers]
         settings = repr([self.pipe.force_zeros_for_empty_prompt, *(model.config for model in self.frozen)])
         weights = [tensor for model in self.frozen for tensor in model.state_dict().values()]
-        return checksum([pictures, *ids, *weights], settings)
+        return checksum([images, *ids, *weights], settings)
 
 
-def random_mask(size: int, dice: torch.Generator) -> Tensor:
-    """[1, S, S], 1 = paint here: one rectangle or two, which cover 10 to 60 % of a picture, or less where they overlap."""
-    mask, count = torch.zeros(1, size, size), int(torch.randint(1, 3, (), generator=dice))
+def random_mask(size: int, generator: torch.Generator) -> Tensor:
+    """[1, S, S], 1 = paint here: one rectangle or two, which cover 10 to 60 % of an image,
+    or less where they overlap."""
+    mask, count = torch.zeros(1, size, size), int(torch.randint(1, 3, (), generator=generator))
     for _ in range(count):
-        area, shape, top, left = torch.rand(4, generator=dice).tolist()
+        area, shape, top, left = torch.rand(4, generator=generator).tolist()
         side, ratio = size * ((0.1 + 0.5 * area) / count) ** 0.5, 0.8 + 0.45 * shape
-        height, width = round(side * ratio), round(side / ratio)                    # ratio squared: 0.64 to 1.56
+        # ratio squared: 0.64 to 1.56
+        height, width = round(side * ratio), round(side / ratio)
         y, x = int(top * (size - height + 1)), int(left * (size - width + 1))
         mask[:, y:y + height, x:x + width] = 1
     return mask
 
 
 def read_cache(path: Path, rows: dict[str, int]) -> dict[str, Tensor] | None:
-    """The tensors of a file, if it holds those of `rows`, each with as many rows; None if it has to be made."""
+    """The tensors of a file, if it holds those of `rows`, each with as many rows;
+    None if it has to be made."""
     if not path.exists():
         return None
     try:
         kept = load_file(path, mmap=False)
     except WeightsError:
         kept = {}
-    if {name: tuple(tensor.shape[:1]) for name, tensor in kept.items()} == {name: (n,) for name, n in rows.items()}:
+    expected = {name: (n,) for name, n in rows.items()}
+    if {name: tuple(tensor.shape[:1]) for name, tensor in kept.items()} == expected:
         return kept
     print(f"{path}: damaged; encoding again")
     return None
-
-
-def checksum(tensors: Iterable[Tensor], settings: str) -> int:
-    """CRC-32 of all bytes."""
-    value = zlib.crc32(settings.encode("utf-8"))
-    for tensor in tensors:
-        value = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), value)
-    return value
 
 
 def load_pipeline(path: str, tokenizer: str) -> StableDiffusionPipeline:
@@ -183,6 +198,6 @@ def load_pipeline(path: str, tokenizer: str) -> StableDiffusionPipeline:
             else StableDiffusionPipeline.from_pretrained(path))
     channels, latent = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
     if channels not in (latent, 2 * latent + 1):
-        raise UserError(f"--init {path}: a UNet of {channels} channels cannot be fine-tuned here, only of {latent} or, for "
-                        f"inpainting, {2 * latent + 1}")
+        raise UserError(f"--init {path}: a UNet of {channels} channels cannot be fine-tuned here, only of "
+                        f"{latent} or, for inpainting, {2 * latent + 1}")
     return pipe

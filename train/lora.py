@@ -1,10 +1,8 @@
 """LoRA: a large model learns something new in a small file, which diffusers or peft reads.
 
-    python -m train.lora --model FOLDER --lora FILE --out FOLDER        puts such a file into a model's weights
-
-Read after parallel.py and matcher.py. Paper: Hu 2021, section 4.1: W stays, W + B A learns, A [r, in] random and
-B [out, r] zero at first. Mirrors: peft's lora/layer.py, and the file layouts of diffusers' save_lora_weights (for Stable
-Diffusion) and of peft's save_pretrained (for CLIP).
+Read before train_diffusion.py and train_clip.py; merge_lora.py is its command. Paper: Hu 2021, section 4.1: W
+stays, W + B A learns, A [r, in] random and B [out, r] zero at first. Mirrors: peft's lora/layer.py, and the
+file layouts of diffusers' save_lora_weights (for Stable Diffusion) and of peft's save_pretrained (for CLIP).
 Shapes: r rank, in and out the widths of a projection.
 """
 
@@ -14,8 +12,8 @@ import contextlib
 import math
 import re
 import reprlib
+import runpy
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +21,30 @@ import torch
 from torch import Tensor, nn
 
 from miniclip.weights import WeightsError, load_file, read_json, save_file, write_json
-from minidiff.pipeline import StableDiffusionPipeline
-from train.common import UserError, check_flags, flag, make_folder, parse_flags, run
-from train.matcher import Matcher
 
-PROJECTIONS = re.compile(r"attn[12]\.to_(q|k|v|out\.0)$")       # of the UNet's attention, as diffusers' trainer takes
+from .errors import UserError
+
+# of the UNet's attention, as diffusers' trainer takes
+PROJECTIONS = re.compile(r"attn[12]\.to_(q|k|v|out\.0)$")
 CLIP_PROJECTIONS = re.compile(
-    r"(self_attn\.(q|k|v|out)_proj|attnpool\.(q|k|v|c)_proj"       # CLIP's transformers; the end of OpenAI's ResNets
-    r"|attention\.(self\.(query|key|value)|output\.dense|(q|k|v|out)_lin))$")       # BERT, not its mlp; DistilBERT
+    # CLIP's transformers; the end of OpenAI's ResNets
+    r"(self_attn\.(q|k|v|out)_proj|attnpool\.(q|k|v|c)_proj"
+    # BERT, not its mlp; DistilBERT
+    r"|attention\.(self\.(query|key|value)|output\.dense|(q|k|v|out)_lin))$")
 FILE = "pytorch_lora_weights.safetensors"                       # the name that load_lora_weights looks for
-PEFT_FILE, PEFT = "adapter_model.safetensors", "base_model.model"      # what peft calls it, and puts before each key
+# what peft calls it, and puts before each key
+PEFT_FILE, PEFT = "adapter_model.safetensors", "base_model.model"
 PEFT_CONFIG = "adapter_config.json"
 
-# Fields of adapter_config.json, each with the values under which the adapter is alpha / r B A and nothing else.
+# Fields of adapter_config.json, each with the values under which the adapter is alpha / r B A and nothing
+# else.
 PLAIN: dict[str, tuple] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),        # pissa and others also change W
-    **dict.fromkeys("use_rslora use_dora use_qalora use_bdlora lora_bias fan_in_fan_out rank_pattern alpha_pattern "
+    # pissa and others also change W
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+    **dict.fromkeys("use_rslora use_dora use_qalora use_bdlora lora_bias fan_in_fan_out rank_pattern "
+                    "alpha_pattern "
                     "layer_replication target_parameters alora_invocation_tokens arrow_config kasa_config "
                     "monteclora_config".split(), (None, False, {}, [])),
 }
@@ -59,55 +63,54 @@ class LoRALinear(nn.Linear):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
         return super().forward(x) + self.scale * self.lora_B(self.lora_A(x))
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
+        """An ordinary layer that computes the same: weight W + scale * B A, frozen, and the bias itself."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.weight + self.scale * self.lora_B.weight @ self.lora_A.weight, False)
+        linear.weight = nn.Parameter(self.weight + self.scale * self.lora_B.weight @ self.lora_A.weight,
+                                     False)
         linear.bias = self.bias
         return linear
 
 
-def check_lora(rank: int, alpha: float, init: str) -> None:
-    if rank and not init:
-        raise UserError(f"--lora {rank}: a rank above 0, beside an --init that it builds on")
-    if alpha and not rank:
-        raise UserError(f"--lora-alpha {alpha}: means nothing without --lora")
-
-
 def add_lora(model: nn.Module, rank: int, alpha: float, projections: re.Pattern = PROJECTIONS) -> None:
-    """Every attention projection learns by LoRA, and nothing else does. alpha / rank is the scale of what it adds."""
+    """Every attention projection learns by LoRA, and nothing else does.
+    alpha / rank is the scale of what it adds."""
     model.requires_grad_(False)
     found = [(name, module) for name, module in model.named_modules()
              if isinstance(module, nn.Linear) and projections.search(name)]
     if not found:
         raise UserError(f"--lora {rank}: this model has no attention projections ({projections.pattern})")
     for name, module in found:
-        put(model, name, LoRALinear(module, rank, alpha / rank))
+        set_submodule(model, name, LoRALinear(module, rank, alpha / rank))
 
 
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
+def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
     """model.set_submodule, which torch 2.4 does not have yet."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, module)
 
 
 @contextlib.contextmanager
-def merged(unet: nn.Module) -> Iterator[None]:
-    """Within, the model is an ordinary one with what LoRA learned in its weights; without LoRA nothing happens."""
-    layers = {name: module for name, module in unet.named_modules() if isinstance(module, LoRALinear)}
+def merged(model: nn.Module) -> Iterator[None]:
+    """Within, the model is an ordinary one with what LoRA learned in its weights;
+    without LoRA nothing happens."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     for name, layer in layers.items():
-        put(unet, name, layer.merged())
+        set_submodule(model, name, layer.merged())
     try:
         yield
     finally:
         for name, layer in layers.items():
-            put(unet, name, layer)
+            set_submodule(model, name, layer)
 
 
 def save_lora(model: nn.Module, path: Path, prefix: str = "unet") -> None:
-    """Keys `unet.<projection>.lora_A.weight` and `lora_B`, the scale inside B, so that every reader's default fits."""
+    """Keys `unet.<projection>.lora_A.weight` and `lora_B`, the scale inside B,
+    so that every reader's default fits."""
     tensors = {}
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
@@ -118,28 +121,32 @@ def save_lora(model: nn.Module, path: Path, prefix: str = "unet") -> None:
 
 
 def save_adapter(model: nn.Module, folder: Path, rank: int) -> None:
-    """A folder that peft's PeftModel.from_pretrained reads, for transformers' CLIPModel and ChineseCLIPModel."""
+    """A folder that peft's PeftModel.from_pretrained reads,
+    for transformers' CLIPModel and ChineseCLIPModel."""
     save_lora(model, folder / PEFT_FILE, PEFT)
     write_json(folder / PEFT_CONFIG, {"peft_type": "LORA", "r": rank, "lora_alpha": rank,
                                       "target_modules": ".*" + CLIP_PROJECTIONS.pattern})
 
 
 @torch.no_grad()
-def merge_lora(model: nn.Module, path: Path, scale: float = 1.0, prefix: str = "unet", rank: int | None = None) -> None:
+def merge_lora(model: nn.Module, path: Path, scale: float = 1.0, prefix: str = "unet",
+               rank: int | None = None) -> None:
     """Adds scale * B A of a file to the projections that it names; all are of this rank, if one is given.
 
     Raises WeightsError for what does not fit.
     """
     tensors = {re.sub(r"lora\.(down|up)", older_name, key): value for key, value in load_file(path).items()}
     names = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
-    linears = {f"{prefix}.{name}": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {f"{prefix}.{name}": module
+               for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if not names:
         raise WeightsError(f"{path}: holds no tensors")
     for name in names:
         A, B = take_pair(tensors, name, linears.get(name), rank, path)
         linears[name].weight.add_(scale * B @ A)
     if tensors:
-        raise WeightsError(f"{path}: {next(iter(tensors))!r} and {len(tensors) - 1} more are nothing that LoRA knows here")
+        raise WeightsError(f"{path}: {next(iter(tensors))!r} and {len(tensors) - 1} more are nothing that "
+                           "LoRA knows here")
 
 
 def take_pair(tensors: dict[str, Tensor], name: str, linear: nn.Linear | None, rank: int | None,
@@ -150,18 +157,21 @@ def take_pair(tensors: dict[str, Tensor], name: str, linear: nn.Linear | None, r
         raise WeightsError(f"{path}: {name!r} is not LoRA's A and B of a linear layer of this model")
     weight, (A, B) = linear.weight, (part.to(linear.weight) for part in pair)
     if (B.shape[0], A.shape[1]) != tuple(weight.shape) or A.shape[0] != B.shape[1]:
-        raise WeightsError(f"{path}: {name!r} is {list(B.shape)} times {list(A.shape)}, the layer {list(weight.shape)}")
+        raise WeightsError(f"{path}: {name!r} is {list(B.shape)} times {list(A.shape)}, the layer "
+                           f"{list(weight.shape)}")
     if rank not in (None, A.shape[0]):
         raise WeightsError(f"{path}: {name!r} is of rank {A.shape[0]}, but {PEFT_CONFIG} says r = {rank}")
     return A, B
 
 
 def older_name(match: re.Match) -> str:
+    """For lora.down and lora.up of older files: lora_A and lora_B."""
     return {"down": "lora_A", "up": "lora_B"}[match[1]]
 
 
 def merge_adapter(model: nn.Module, path: Path, scale: float = 1.0) -> None:
-    """Adds scale times what peft adds for this adapter_model.safetensors, whose adapter_config.json lies beside it.
+    """Adds scale times what peft adds for this adapter_model.safetensors,
+    whose adapter_config.json lies beside it.
 
     Raises WeightsError for what does not fit.
     """
@@ -170,14 +180,15 @@ def merge_adapter(model: nn.Module, path: Path, scale: float = 1.0) -> None:
 
 
 def read_adapter(path: Path) -> tuple[int, float]:
-    """r and lora_alpha of an adapter_config.json. Raises WeightsError for kinds of LoRA that are more than B A."""
+    """r and lora_alpha of an adapter_config.json. Raises WeightsError for kinds of LoRA that are more than B
+    A."""
     if not path.exists():
         raise WeightsError(f"{path}: is missing; r and lora_alpha stand there, by which B A is scaled")
     config: dict[str, Any] = {"peft_type": None, **read_json(path)}
     for name, plain in PLAIN.items():
         if (value := config.get(name, plain[0])) not in plain:
-            raise WeightsError(f"{path}: {name} = {reprlib.repr(value)} is not supported; only plain LoRA is, "
-                               f"where it is {plain[0]!r}")
+            raise WeightsError(f"{path}: {name} = {reprlib.repr(value)} is not supported; only plain LoRA "
+                               f"is, where it is {plain[0]!r}")
     for name, kind in (("r", int), ("lora_alpha", (int, float))):
         value = config.get(name)
         if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < math.inf:
@@ -186,37 +197,5 @@ def read_adapter(path: Path) -> tuple[int, float]:
     return config["r"], config["lora_alpha"]
 
 
-@dataclass(frozen=True)
-class MergeConfig:
-    model: str = flag("", "model folder: of Stable Diffusion (with model_index.json) or of a CLIP")
-    lora: str = flag("", f"LoRA file or its folder: {FILE} for Stable Diffusion, {PEFT_FILE} for a CLIP")
-    scale: float = flag(1.0, "how much of it; 0 is nothing", at_least=-1000, at_most=1000)
-    out: str = flag("", "model folder to write")
-
-
-def main(cfg: MergeConfig) -> None:
-    check_flags(cfg)
-    for name in ("model", "lora", "out"):
-        if not getattr(cfg, name):
-            raise UserError(f"--{name}: is needed")
-    if (Path(cfg.model) / "model_index.json").exists():
-        pipe = StableDiffusionPipeline.from_pretrained(cfg.model)
-        merge_lora(pipe.unet, lora_file(cfg.lora, FILE), cfg.scale)
-        pipe.save_pretrained(make_folder(cfg.out))
-    else:
-        matcher = Matcher.load(cfg.model)
-        merge_adapter(matcher.model, lora_file(cfg.lora, PEFT_FILE), cfg.scale)
-        matcher.save(make_folder(cfg.out))
-    print(f"{cfg.out}: {cfg.model} with {cfg.lora} in its weights")
-
-
-def lora_file(path: str, name: str) -> Path:
-    """The file itself, or the one of this name in a folder."""
-    file = Path(path) / name if Path(path).is_dir() else Path(path)
-    if not file.exists():
-        raise UserError(f"--lora {path}: {f'no {name} in this folder' if Path(path).is_dir() else 'no such file'}")
-    return file
-
-
-if __name__ == "__main__":
-    run(lambda: main(parse_flags(MergeConfig, __doc__.split("\n\n")[0])))
+if __name__ == "__main__":      # the command was here before it had a file of its own
+    runpy.run_module(f"{__package__}.merge_lora", run_name="__main__")

@@ -1,4 +1,5 @@
-"""Curves as SVG and one self-contained HTML page for a run: no library, no script, nothing from the network."""
+"""Curves as SVG and one self-contained HTML page for a run: no library, no script,
+nothing from the network."""
 
 from __future__ import annotations
 
@@ -11,7 +12,10 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from miniclip.loss import COLLAPSED
 from miniclip.weights import atomic_write
+
+from .run.log import series
 
 Series = Sequence[tuple[float, float]]
 
@@ -22,8 +26,13 @@ FONT, LINE = 14, 19         # letters of 12 pixels on a phone, 17 on a desk, bes
 ABOVE, BELOW, RIGHT = 30, 44, 16
 COLORS = ("#1f5fa8", "#b3541e", "#2f7d4f", "#7a4a9e", "#555555", "#a8821f", "#1f8f9e", "#b0305c")
 Rows = list[dict[str, Any]]
+SMOOTHING = 0.95        # of curves: an exponential mean over about 20 steps
+PLATEAU = 0.98          # of the loss at half time: what ends above has not fallen in the second half
+RISE = 1.1              # times the lowest validation error: what ends above has risen
+LAST = 20               # steps that all have to lie above it
 STYLE = """
-body { font: 16px/1.5 system-ui, "Noto Sans CJK TC", sans-serif; max-width: 720px; margin: 2em auto; padding: 0 1em;
+body { font: 16px/1.5 system-ui, "Noto Sans CJK TC", sans-serif; max-width: 720px; margin: 2em auto;
+padding: 0 1em;
        color: #222; background: #fdfcf9 }
 h1, h2 { font-weight: 600 } img { max-width: 100%; height: auto }
 svg { display: block; width: 100%; max-width: 480px; height: auto } figure { margin: 1.5em 0 }
@@ -35,7 +44,7 @@ td, th { padding: 2px 14px 2px 0; text-align: left; vertical-align: top } img { 
 
 
 def curve(series: dict[str, Series], x_label: str, y_label: str, log: bool = True) -> str:
-    """An SVG line plot of named series of (x, y), y on a logarithmic axis unless told otherwise."""
+    """An SVG line plot of named series of (x, y), y on a logarithmic axis by default."""
     kept = {name: [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not log)]
             for name, points in series.items()}
     kept = {name: points for name, points in kept.items() if points}
@@ -91,7 +100,7 @@ def _legend(names: list[str]) -> str:
                    for i, (name, color) in enumerate(zip(names, cycle(COLORS))) if name)
 
 
-# ---- round numbers for an axis
+# ---------------------------------------------------------------------------------- round numbers for an axis
 
 
 def ticks(low: float, high: float) -> Ticks:
@@ -145,18 +154,14 @@ def _labelled(values: list[float], step: float) -> Ticks:
     return [(round(v, max(0, -power)), f"{v:,.{max(0, -power)}f}") for v in values]
 
 
-# ---- what a run's numbers say
-
-
-def series(rows: Rows, name: str) -> list[tuple[int, float]]:
-    return [(row["step"], row[name]) for row in rows if name in row]
+# ----------------------------------------------------------------------------------- what a run's numbers say
 
 
 def smooth(points: Series) -> list[tuple[float, float]]:
     """An exponential mean over about 20 steps: a diffusion loss is mostly variance."""
     smoothed, mean = [], math.nan
     for step, value in points:
-        mean = 0.95 * mean + 0.05 * value if math.isfinite(mean) else value
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * value if math.isfinite(mean) else value
         smoothed.append((step, mean))
     return smoothed
 
@@ -166,31 +171,37 @@ def diagnose(rows: Rows) -> list[str]:
     found = []
     for name, words in (("loss", "loss"), ("grad_norm", "gradient norm")):
         if bad := [(step, value) for step, value in series(rows, name) if not math.isfinite(value)]:
-            found.append(f"Not a number: the {words} is {bad[0][1]} at step {bad[0][0]} and {len(bad)} times in all.")
+            found.append(f"Not a number: the {words} is {bad[0][1]} at step {bad[0][0]} and {len(bad)} times "
+                         "in all.")
     losses = smooth([point for point in series(rows, "loss") if math.isfinite(point[1])])
     if len(losses) >= 100:
         half, end = losses[len(losses) // 2], losses[-1]
-        if half[1] > 0 and end[1] > 0.98 * half[1]:
-            found.append(f"Plateau: the smoothed loss is {end[1]:.4g}, and was {half[1]:.4g} at step {half[0]} already.")
+        if half[1] > 0 and end[1] > PLATEAU * half[1]:
+            found.append(f"Plateau: the smoothed loss is {end[1]:.4g}, and was {half[1]:.4g} at step "
+                         f"{half[0]} already.")
     checks = [point for point in series(rows, "val") if math.isfinite(point[1])]
     best = min(checks, key=lambda point: point[1], default=None)
-    if best and len(checks) >= 3 and checks[-1][1] > 1.1 * best[1]:
-        found.append(f"Validation rises: {checks[-1][1]:.4g} now, {best[1]:.4g} at step {best[0]}; best.pt holds that one.")
+    if best and len(checks) >= 3 and checks[-1][1] > RISE * best[1]:
+        found.append(f"Validation rises: {checks[-1][1]:.4g} now, {best[1]:.4g} at step {best[0]}; best.pt "
+                     "holds that one.")
     return found + _diagnose_clip(rows)
 
 
 def _diagnose_clip(rows: Rows) -> list[str]:
     found = []
     blind = dict(series(rows, "blind"))
-    late = [(step, loss, blind[step]) for step, loss in series(rows, "loss")[-20:] if step in blind]
-    if len(late) == 20 and all(loss > 0.97 * none for _, loss, none in late):
-        found.append(f"Not learning: the loss sits at {late[-1][2]:.3f}, that of a model for which all pictures are alike.")
+    late = [(step, loss, blind[step]) for step, loss in series(rows, "loss")[-LAST:] if step in blind]
+    if len(late) == LAST and all(loss > COLLAPSED * none for _, loss, none in late):
+        found.append(f"Not learning: the loss sits at {late[-1][2]:.3f}, that of a model for which all "
+                     "pictures are alike.")
     scales = series(rows, "logit_scale")
     last = scales[-len(scales) // 4:]
     if len(scales) >= 20 and len({value for _, value in last}) == 1:
-        limit = {0.0: "at its lower limit, exp 0 = 1", round(math.log(100), 4): "at its upper limit, exp = 100"}
+        limit = {0.0: "at its lower limit, exp 0 = 1",
+                 round(math.log(100), 4): "at its upper limit, exp = 100"}
         where = limit.get(round(last[0][1], 4), "and does not learn")
-        found.append(f"Dead temperature: logit_scale has been {last[0][1]:.4g} since step {last[0][0]}, {where}.")
+        found.append(f"Dead temperature: logit_scale has been {last[0][1]:.4g} since step {last[0][0]}, "
+                     f"{where}.")
     return found
 
 
@@ -198,7 +209,8 @@ def curves(runs: dict[str, tuple[Rows, Rows]]) -> list[str]:
     """Plots for one run or several: name -> (rows of metrics.jsonl, rows of speed.jsonl)."""
     def plot(title: str, name: str, label: str, of: int = 0, log: bool = True) -> list[str]:
         lines = {run: series(both[of], name) for run, both in runs.items()}
-        lines = {run: smooth(points) if name in ("loss", "grad_norm") else points for run, points in lines.items()}
+        lines = {run: smooth(points) if name in ("loss", "grad_norm") else points
+                 for run, points in lines.items()}
         return [f"<h2>{title}</h2>", curve(lines, "step", label, log)] if any(lines.values()) else []
 
     parts = plot("Training loss", "loss", "smoothed") + plot("Validation", "val", "mean squared error of x0")
@@ -206,16 +218,20 @@ def curves(runs: dict[str, tuple[Rows, Rows]]) -> list[str]:
         bins = [name for name in (rows[0] if rows else {}) if name.startswith("val_") and name[4:].isdigit()]
         if bins:
             lines = {f"timestep {name[4:]}": series(rows, name) for name in bins}
-            parts += [f"<h2>Validation by timestep {html.escape(run)}</h2>", curve(lines, "step", "mean squared error of x0")]
-    for way in ("image_to_text_R@1", "text_to_image_R@1", "held_out_image_to_text_R@1", "held_out_text_to_image_R@1"):
+            parts += [f"<h2>Validation by timestep {html.escape(run)}</h2>",
+                      curve(lines, "step", "mean squared error of x0")]
+    for way in ("image_to_text_R@1", "text_to_image_R@1", "held_out_image_to_text_R@1",
+                "held_out_text_to_image_R@1"):
         parts += plot(way.replace("_", " "), way, "R@1", log=False)
     parts += plot("Temperature", "logit_scale", "ln of the factor", log=False)
-    parts += plot("Gradient norm", "grad_norm", "before clipping, smoothed") + plot("Learning rate", "lr", "share of the peak")
+    parts += plot("Gradient norm", "grad_norm", "before clipping, smoothed")
+    parts += plot("Learning rate", "lr", "share of the peak")
     parts += plot("Throughput", "pictures_per_second", "pictures a second", of=1, log=False)
     return parts + plot("Memory", "memory_mib", "MiB at most", of=1, log=False)
 
 
 def notes(rows: Rows) -> str:
+    """The words of `diagnose` as HTML; empty if nothing is wrong."""
     return "".join(f'<p class="warning">{html.escape(line)}</p>' for line in diagnose(rows))
 
 
@@ -227,13 +243,17 @@ def picture(path: Path, caption: str) -> str:
 
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str] = ()) -> str:
-    cells = [["th" if i == 0 and header else "td", row] for i, row in enumerate([header, *rows] if header else rows)]
+    """An HTML table of any values, escaped; without a header all rows are alike."""
+    cells = [["th" if i == 0 and header else "td", row]
+             for i, row in enumerate([header, *rows] if header else rows)]
     return "<table>" + "".join(
-        "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) + "</tr>" for tag, row in cells
+        "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) + "</tr>"
+        for tag, row in cells
     ) + "</table>"
 
 
 def write_page(path: Path, title: str, parts: Sequence[str]) -> None:
+    """Writes the page, whole or not at all. title: plain text; parts: HTML."""
     page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
             f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>'
             f"<body><h1>{html.escape(title)}</h1>{''.join(parts)}</body></html>")

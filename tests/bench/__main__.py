@@ -1,4 +1,5 @@
-"""Speed and memory beside diffusers, turn and turn about in one run: make bench. Ratios first: machines are noisy."""
+"""Speed and memory beside diffusers, turn and turn about in one run: make bench.
+Ratios first: machines are noisy."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ DEMO = {"in_channels": 4, "out_channels": 4, "block_out_channels": (32, 64, 128)
 SD_SMALL = {"block_out_channels": (64, 128, 256, 256), "cross_attention_dim": 256, "norm_num_groups": 16}
 
 
-def compare(name: str, ours: Callable[[], float], theirs: Callable[[], float], unit: str, rounds: int = 7) -> None:
+def compare(name: str, ours: Callable[[], float], theirs: Callable[[], float], unit: str,
+            rounds: int = 7) -> None:
     """Medians of alternating runs after one warm-up each; the ratio is the median of the pairs' ratios."""
     ours(), theirs()
     pairs = [(ours(), theirs()) for _ in range(rounds)]
@@ -49,13 +51,15 @@ def unets(name: str, config: dict, batch: int, size: int, tokens: int) -> None:
     torch.manual_seed(0)
     theirs, ours = diffusers.UNet2DConditionModel(**config), UNet2DConditionModel(**config)
     ours.load_state_dict(theirs.state_dict())
-    inputs = (torch.randn(batch, 4, size, size), 500, torch.randn(batch, tokens, config["cross_attention_dim"]))
+    inputs = (torch.randn(batch, 4, size, size), 500,
+              torch.randn(batch, tokens, config["cross_attention_dim"]))
     for train in (False, True):
         what = "forward + backward" if train else "forward"
         compare(f"{name}, {what}", step(ours, inputs, train), step(theirs, inputs, train), "s")
     fast = (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
     ours.to(memory_format=torch.channels_last)
-    compare(f"{name}, forward + backward, channels last", step(ours, fast, True), step(theirs, inputs, True), "s")
+    compare(f"{name}, forward + backward, channels last", step(ours, fast, True), step(theirs, inputs, True),
+            "s")
 
 
 def importing(statement: str) -> Callable[[], float]:

@@ -1,7 +1,9 @@
-"""Loads a whole SD 1.5 folder (random weights, 1.07 billion numbers, 4.0 GiB) here and in diffusers, takes one step.
+"""Loads a whole SD 1.5 folder (random weights, 1.07 billion numbers, 4.0 GiB) here and in diffusers,
+takes one step.
 
-`python tests/bench/bench_load.py [--dir DIR] [--dtype float16]`. Each run is a process of its own; the first run of
-each reads a cold file cache. Peak memory is the process's resident set, mapped file pages included (Linux only).
+`python tests/bench/bench_load.py [--dir DIR] [--dtype float16]`.
+Each run is a process of its own; the first run of each reads a cold file cache. Peak memory is the process's
+resident set, mapped file pages included (Linux only).
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ with torch.no_grad():
 print(json.dumps(dict(imported=imported, loaded=loaded, step=time.perf_counter() - began, weights=weights,
                       peak=(peak() - base) / weights)))
 """
-OURS = ("from minidiff.pipeline import StableDiffusionPipeline as P", "P.from_pretrained({folder!r}, torch_dtype=dtype)")
+OURS = ("from minidiff.pipeline import StableDiffusionPipeline as P",
+        "P.from_pretrained({folder!r}, torch_dtype=dtype)")
 THEIRS = (
     "from diffusers import StableDiffusionPipeline as P",
     "P.from_pretrained({folder!r}, torch_dtype=dtype, safety_checker=None)",
@@ -60,7 +63,8 @@ def write_folder(folder: str) -> None:
     from minidiff.vae import AutoencoderKL
 
     tokenizer = CLIPTokenizer.train(["a herb shop"] * 2, vocab_size=520)
-    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+             "num_attention_heads": 12}
     config = CLIPTextConfig(vocab_size=49408, projection_dim=768, **sizes)
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
@@ -73,7 +77,8 @@ def write_folder(folder: str) -> None:
         model.to_empty(device="cpu")
         for parameter in model.parameters():
             torch.nn.init.uniform_(parameter, -0.01, 0.01)
-    scheduler = PNDMScheduler(beta_end=0.012, beta_start=0.00085, beta_schedule="scaled_linear", steps_offset=1)
+    scheduler = PNDMScheduler(beta_end=0.012, beta_start=0.00085, beta_schedule="scaled_linear",
+                              steps_offset=1)
     StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler).save_pretrained(folder)
 
 
@@ -85,7 +90,8 @@ def measure(side: tuple[str, str], folder: str, dtype: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dir", default=None, help="where 4 GB may be written; kept if given, and used again")
+    parser.add_argument("--dir", default=None,
+                        help="where 4 GB may be written; kept if given, and used again")
     parser.add_argument("--dtype", default="float32")
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -25,9 +25,12 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             tally = torment(script, Path(folder), args.kills, args.seed)
         failed += tally.lost + len(tally.differing)
-        print(f"{name}: {tally.kills} kills ({tally.in_saves} inside a save) of {tally.runs} runs, {tally.lost} checkpoints "
-              f"lost, {len(tally.differing)} files that differ {tally.differing[:5]} (seed {args.seed})", flush=True)
-    others = [str(Path(__file__).with_name(name)) for name in ("test_faults.py", "torchrun_job.py", "two_hosts.py")]
+        print(f"{name}: {tally.kills} kills ({tally.in_saves} inside a save) of {tally.runs} runs, "
+              f"{tally.lost} checkpoints "
+              f"lost, {len(tally.differing)} files that differ {tally.differing[:5]} (seed {args.seed})",
+              flush=True)
+    others = [str(Path(__file__).with_name(name))
+              for name in ("test_faults.py", "torchrun_job.py", "two_hosts.py")]
     return int(failed > 0) or pytest.main(["-q", "-rs", *others])
 
 

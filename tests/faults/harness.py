@@ -1,6 +1,8 @@
-"""Runs a training script, kills it, lets it go on, and holds what it leaves against a run that was never disturbed.
+"""Runs a training script, kills it, lets it go on,
+and holds what it leaves against a run that was never disturbed.
 
-Each life of a run is a forked child of this process, so that a kill costs no second start of Python. POSIX only.
+Each life of a run is a forked child of this process, so that a kill costs no second start of Python.
+POSIX only.
 Some kills come from outside at a random moment, some strike from inside at a random file operation of a save.
 """
 
@@ -23,9 +25,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from miniclip import weights
-from train import common, matcher, train_clip, train_diffusion
-from train.writer import Preset
+from miniclip import image_text, weights
+from minidiff.text_to_image import Preset
+from train import train_clip, train_diffusion
+from train.errors import UserError
+from train.run import cli
+from train.run.checkpoint import Checkpoints, load_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
 FORK = multiprocessing.get_context("fork") if "fork" in multiprocessing.get_all_start_methods() else None
@@ -48,15 +53,17 @@ def tiny_diffusion() -> None:
 
 
 DIFFUSION = Script(train_diffusion, {
-    "data": str(ROOT / "data" / "calligraphy"), "size": 16, "preset": "tiny", "steps": 12, "batch": 4, "samples": 2,
+    "data": str(ROOT / "data" / "calligraphy"), "size": 16, "preset": "tiny", "steps": 12, "batch": 4,
+    "samples": 2,
     "sample_steps": 1, "save_every": 1, "device": "cpu"}, tiny_diffusion)
 
 def tiny_clip() -> None:
-    train_clip.PRESETS["tiny"] = matcher.Preset("resnet", 8, (1, 1, 1, 1), 0, 64, 1, 64)
+    train_clip.PRESETS["tiny"] = image_text.Preset("resnet", 8, (1, 1, 1, 1), 0, 64, 1, 64)
 
 
 CLIP = Script(train_clip, {
-    "data": str(ROOT / "data" / "herbs"), "size": 32, "preset": "tiny", "steps": 12, "batch": 8, "checks": 2, "ema": 0.9,
+    "data": str(ROOT / "data" / "herbs"), "size": 32, "preset": "tiny", "steps": 12, "batch": 8, "checks": 2,
+    "ema": 0.9,
     "hold_out": "artist=twitter", "save_every": 1, "device": "cpu"}, tiny_clip)
 SCRIPTS = {"diffusion": DIFFUSION, "clip": CLIP}
 
@@ -67,8 +74,10 @@ class Life(NamedTuple):
     seconds: float
 
 
-def live(script: Script, kill_after: float | None = None, before: Callable[[], None] | None = None, **flags: Any) -> Life:
-    """One life of a run: to its end, or to a SIGKILL after so many seconds. `before` runs in the child first."""
+def live(script: Script, kill_after: float | None = None, before: Callable[[], None] | None = None,
+         **flags: Any) -> Life:
+    """One life of a run: to its end, or to a SIGKILL after so many seconds.
+    `before` runs in the child first."""
     reader, writer = FORK.Pipe(duplex=False)
 
     def child() -> None:
@@ -78,7 +87,7 @@ def live(script: Script, kill_after: float | None = None, before: Callable[[], N
         script.prepare()
         if before:
             before()
-        common.run(lambda: script.run(**flags))
+        cli.start(lambda: script.run(**flags))
 
     job, began = FORK.Process(target=child), time.monotonic()
     job.start()
@@ -108,9 +117,9 @@ def received(reader: Any) -> str:
     return "".join(parts)
 
 
-def die_in_a_save(dice: random.Random) -> Callable[[], None]:
+def die_in_a_save(rng: random.Random) -> Callable[[], None]:
     """A SIGKILL from inside: at one of the next file operations of saving, some of them half done."""
-    count, half = dice.randrange(1, 40), dice.random()
+    count, half = rng.randrange(1, 40), rng.random()
 
     def install() -> None:
         left = [count]
@@ -144,20 +153,22 @@ class Tally(NamedTuple):
 
 
 def torment(script: Script, folder: Path, kills: int, seed: int) -> Tally:
-    """Runs, killed and resumed over and over until they end, `kills` times in all; their files beside an undisturbed run's."""
-    dice, whole = random.Random(seed), folder / "whole"
+    """Runs, killed and resumed over and over until they end, `kills` times in all;
+    their files beside an undisturbed run's."""
+    rng, whole = random.Random(seed), folder / "whole"
     life = live(script, out=str(whole))
     assert life.code == 0, life.error
     done, in_saves, lost, runs, differing = 0, 0, 0, 0, []
     while done < kills:
         out, newest = folder / f"run{runs}", -1
         while True:
-            inside = dice.random() < 0.5
-            after = None if inside else dice.uniform(0.02, 0.8) * life.seconds
+            inside = rng.random() < 0.5
+            after = None if inside else rng.uniform(0.02, 0.8) * life.seconds
             found, damage = step_of(out)
             lost += damage or found < newest
             newest = found
-            end = live(script, after if done < kills else None, die_in_a_save(dice) if inside and done < kills else None,
+            end = live(script, after if done < kills else None,
+                       die_in_a_save(rng) if inside and done < kills else None,
                        out=str(out), resume=newest >= 0, overwrite=newest < 0)
             if end.code != -signal.SIGKILL:
                 break
@@ -173,22 +184,24 @@ def step_of(out: Path) -> tuple[int, bool]:
     """Step of the newest good checkpoint, -1 if there is none; and whether one was damaged."""
     damage: list[str] = []
     try:
-        return common.Checkpoints(out, 2).load(damage.append)["step"], bool(damage)
-    except common.UserError:
+        return Checkpoints(out, 2).load(damage.append)["step"], bool(damage)
+    except UserError:
         return -1, bool(damage)
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Files that are not in both, or not the same byte for byte; of checkpoints, not the same in every value."""
+    """Files that are not in both, or not the same byte for byte;
+    of checkpoints, not the same in every value."""
     names = {path.relative_to(root) for root in (one, other) for path in root.rglob("*") if path.is_file()}
-    return [str(name) for name in sorted(names) if name.name not in NOT_OF_THE_RESULT and not equal(one / name, other / name)]
+    return [str(name) for name in sorted(names) if name.name not in NOT_OF_THE_RESULT
+            and not equal(one / name, other / name)]
 
 
 def equal(one: Path, other: Path) -> bool:
     if not (one.is_file() and other.is_file()):
         return False
     if one.suffix == ".pt":
-        a, b = (common.load_checkpoint(path) for path in (one, other))
+        a, b = (load_checkpoint(path) for path in (one, other))
         a["config"].pop("out"), b["config"].pop("out")
         return same(a, b)
     if one.name == "config.json":

@@ -16,7 +16,8 @@ from PIL import Image
 
 from miniclip.weights import WeightsError
 from tests.faults.harness import DIFFUSION, FORK, SCRIPTS, differences, live, step_of, torment
-from train.common import Checkpoints, UserError, load_checkpoint
+from train.errors import UserError
+from train.run.checkpoint import Checkpoints, load_checkpoint
 
 pytestmark = pytest.mark.skipif(FORK is None, reason="the harness forks")
 
@@ -59,7 +60,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = shutil.which("mount")
-    done = mount and subprocess.run([mount, "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True, text=True)
+    done = mount and subprocess.run([mount, "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk],
+                                    capture_output=True, text=True)
     if not done or done.returncode:
         pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip() if done else 'no mount'}")
     yield disk
@@ -68,7 +70,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_disk_that_is_truly_full(small_disk: Path, tmp_path: Path, name: str) -> None:
-    """Something else takes all space but half a checkpoint; when it is gone the run goes on to the very same files."""
+    """Something else takes all space but half a checkpoint;
+    when it is gone the run goes on to the very same files."""
     script, run = SCRIPTS[name], small_disk / "run"
 
     def fill_later() -> None:
@@ -146,7 +149,8 @@ def test_a_picture_that_vanishes(tmp_path: Path) -> None:
 
         Checkpoints.save = deletes
 
-    assert live(DIFFUSION, before=vanish, data=str(data.parent), out=str(tmp_path / "run")).code == 0     # it is in memory
+    # it is in memory
+    assert live(DIFFUSION, before=vanish, data=str(data.parent), out=str(tmp_path / "run")).code == 0
     end = live(DIFFUSION, data=str(data.parent), out=str(tmp_path / "run"), resume=True)
     assert end.code == 2 and re.search("data is not .* 4, .* 3", one_line(end.error))
 

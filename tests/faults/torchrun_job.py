@@ -1,4 +1,5 @@
-"""torchrun itself: two processes, one of them killed; the job ends, and goes on with one. Run by make faults alone."""
+"""torchrun itself: two processes, one of them killed; the job ends, and goes on with one.
+Run by make faults alone."""
 
 from __future__ import annotations
 
@@ -14,12 +15,13 @@ from pathlib import Path
 import pytest
 
 from train import train_diffusion
-from train.common import UserError, load_checkpoint
+from train.errors import UserError
+from train.run.checkpoint import load_checkpoint
 from train.train_diffusion import TrainConfig
 
 ROOT = Path(__file__).parent.parent.parent
-CFG = TrainConfig(data=str(ROOT / "data" / "calligraphy"), size=16, preset="tiny", steps=40, batch=4, samples=0,
-                  sample_steps=1, save_every=1, device="cpu")
+CFG = TrainConfig(data=str(ROOT / "data" / "calligraphy"), size=16, preset="tiny", steps=40, batch=4,
+                  samples=0, sample_steps=1, save_every=1, device="cpu")
 
 
 def children(pid: int) -> list[int]:
@@ -29,10 +31,12 @@ def children(pid: int) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes by /proc")
 def test_a_killed_process_ends_the_job_and_one_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    flags = ["--data", CFG.data, "--out", str(out), "--size", "16", "--preset", "tiny", "--steps", "40", "--batch", "4",
+    flags = ["--data", CFG.data, "--out", str(out), "--size", "16", "--preset", "tiny", "--steps", "40",
+             "--batch", "4",
              "--samples", "0", "--sample-steps", "1", "--save-every", "1", "--device", "cpu"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    job = subprocess.Popen([*torchrun, "-m", "train.train_diffusion", *flags], cwd=ROOT, stdout=subprocess.PIPE,
+    job = subprocess.Popen([*torchrun, "-m", "train.train_diffusion", *flags], cwd=ROOT,
+                           stdout=subprocess.PIPE,
                            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         while not (out / "checkpoint.1.pt").exists() and job.poll() is None:

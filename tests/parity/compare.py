@@ -1,4 +1,5 @@
-"""How two implementations of a model are compared: same keys, numbers, gradients; the first divergence named."""
+"""How two implementations of a model are compared: same keys, numbers, gradients;
+the first divergence named."""
 
 from __future__ import annotations
 
@@ -27,14 +28,17 @@ def assert_same_keys(ours: nn.Module, theirs: nn.Module) -> None:
 
 def assert_same_function(ours: nn.Module, theirs: nn.Module, call: Callable[[nn.Module], Tensor],
                          dtype: torch.dtype = torch.float64) -> None:
-    """`call(model)` gives equal outputs and equal gradients of all parameters; weights are copied from theirs."""
+    """`call(model)` gives equal outputs and equal gradients of all parameters;
+    weights are copied from theirs."""
     assert_same_keys(ours, theirs)
     theirs.to(dtype)
     ours.to(dtype).load_state_dict(theirs.state_dict())
     mine, my_stages = _recorded(ours, call)
     other, their_stages = _recorded(theirs, call)
     error = relative_error(mine, other)
-    assert error <= BAR[dtype], f"output differs by {error:.1e}; {_first_divergence(my_stages, their_stages, dtype)}"
+    if error > BAR[dtype]:
+        where = _first_divergence(my_stages, their_stages, dtype)
+        raise AssertionError(f"output differs by {error:.1e}; {where}")
     weight = torch.randn(other.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     (mine * weight).sum().backward()
     (other * weight).sum().backward()

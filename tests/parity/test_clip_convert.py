@@ -1,4 +1,5 @@
-"""Foreign checkpoints: random models of open_clip, of OpenAI's layout and of the tutorial, saved, loaded, compared."""
+"""Foreign checkpoints: random models of open_clip, of OpenAI's layout and of the tutorial, saved,
+loaded, compared."""
 
 import json
 import os
@@ -172,7 +173,8 @@ class Tutorial(nn.Module):
         self.text_encoder.model = transformers.DistilBertModel(transformers.DistilBertConfig(**small))
         for name, width in (("image_projection", 2048), ("text_projection", 64)):
             head = nn.Module()
-            head.projection, head.fc, head.layer_norm = nn.Linear(width, 48), nn.Linear(48, 48), nn.LayerNorm(48)
+            head.projection, head.fc = nn.Linear(width, 48), nn.Linear(48, 48)
+            head.layer_norm = nn.LayerNorm(48)
             setattr(self, name, head)
 
     def features(self, name, x):
@@ -199,11 +201,13 @@ def test_the_tutorials_checkpoint(tmp_path):
 
 
 def test_folders_by_their_config(tmp_path):
-    text = dict(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    text = dict(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                intermediate_size=16)
     vision = {k: v for k, v in text.items() if k != "vocab_size"} | dict(image_size=8, patch_size=4)
     both = dict(text_config=text, vision_config=vision, projection_dim=6)
     transformers.CLIPModel(transformers.CLIPConfig(**both)).save_pretrained(tmp_path / "clip")
-    transformers.ChineseCLIPModel(transformers.ChineseCLIPConfig(**both)).save_pretrained(tmp_path / "chinese")
+    theirs = transformers.ChineseCLIPModel(transformers.ChineseCLIPConfig(**both))
+    theirs.save_pretrained(tmp_path / "chinese")
     assert type(convert.load(tmp_path / "clip")) is CLIPModel
     assert type(convert.load(tmp_path / "chinese")) is ChineseCLIPModel
     transformers.BertModel(transformers.BertConfig(**text)).save_pretrained(tmp_path / "bert")

@@ -18,7 +18,8 @@ SIZES = {
     "ViT-B-32": (dict(), dict(), 512),
     "ViT-L-14": (
         dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12),
-        dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24, patch_size=14),
+        dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24,
+             patch_size=14),
         768,
     ),
 }
@@ -51,7 +52,8 @@ def inputs(pairs, dtype):
     return dict(input_ids=ids, pixel_values=torch.randn(pairs, 3, 224, 224, dtype=dtype))
 
 
-@pytest.mark.parametrize("name, dtype, pairs", [("ViT-B-32", torch.float64, 2), ("ViT-B-32", torch.float32, 2),
+@pytest.mark.parametrize("name, dtype, pairs",
+                         [("ViT-B-32", torch.float64, 2), ("ViT-B-32", torch.float32, 2),
                                                 ("ViT-L-14", torch.float32, 1)])  # fmt: skip
 def test_features_logits_loss_gradients(name, dtype, pairs):
     ours, theirs = both(name, dtype)

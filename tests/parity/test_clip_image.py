@@ -1,4 +1,5 @@
-"""miniclip's pictures against transformers' Pillow path, torchvision's transform as OpenAI and OpenCLIP use it, Pillow.
+"""miniclip's pictures against transformers' Pillow path,
+torchvision's transform as OpenAI and OpenCLIP use it, Pillow.
 
 Equal means equal: every comparison is torch.equal, on noise and on odd sizes.
 """
@@ -49,7 +50,8 @@ def test_resize_is_pillows_to_the_bit(resample):
     for seed in range(40):
         old, new = (r.randint(1, 90), r.randint(1, 90)), (r.randint(1, 90), r.randint(1, 90))
         image = noise(*old, seed=seed)
-        halfway = image.resize((new[0], old[1]), resample=resample)  # one axis a call: Pillow 13 may swap the two
+        # one axis a call: Pillow 13 may swap the two
+        halfway = image.resize((new[0], old[1]), resample=resample)
         theirs = pillow_to_tensor(halfway.resize(new, resample=resample))
         assert torch.equal(resize(pillow_to_tensor(image), new[1], new[0], resample), theirs), (old, new)
 
@@ -85,7 +87,8 @@ def test_processor(tmp_path):
     ours = CLIPProcessor(CLIPImageProcessor(), tokenizer)
     ours.save_pretrained(tmp_path)
     theirs = transformers.CLIPProcessor.from_pretrained(tmp_path)
-    call = dict(text=["a red cup", "枸杞"], images=[noise(50, 60), noise(70, 40)], padding=True, return_tensors="pt")
+    call = dict(text=["a red cup", "枸杞"], images=[noise(50, 60), noise(70, 40)], padding=True,
+                return_tensors="pt")
     a, b = ours(**call), theirs(**call)
     assert set(a) == set(b) and a.input_ids.equal(b.input_ids) and a.attention_mask.equal(b.attention_mask)
     assert (a.pixel_values - b.pixel_values).abs().max() < 0.03

@@ -1,7 +1,8 @@
 """miniclip's models against transformers': same random weights, same inputs, same numbers and gradients.
 
 Configurations are drawn at random from upstream's own config classes; nothing is downloaded.
-Bar: relative error at most 1e-12 in float64 and 2e-6 in float32, features, hidden states, logits, loss, gradients.
+Bar: relative error at most 1e-12 in float64 and 2e-6 in float32, features, hidden states, logits,
+loss, gradients.
 """
 
 import random
@@ -45,9 +46,11 @@ def tower(seed, vision):
     )
     if vision:
         patch = r.choice([4, 5])
-        return values | dict(patch_size=patch, image_size=patch * r.choice([2, 3]), num_channels=r.choice([1, 3]))
+        return values | dict(patch_size=patch, image_size=patch * r.choice([2, 3]),
+                             num_channels=r.choice([1, 3]))
     eos = r.choice([2, VOCAB - 1])
-    return values | dict(vocab_size=VOCAB, max_position_embeddings=13, eos_token_id=eos, bos_token_id=VOCAB - 2)
+    return values | dict(vocab_size=VOCAB, max_position_embeddings=13, eos_token_id=eos,
+                         bos_token_id=VOCAB - 2)
 
 
 def randomized(model, seed):
@@ -103,7 +106,8 @@ def test_whole_model(seed, dtype):
     assert list(ours.state_dict()) == list(theirs.state_dict())
     ids, pixels, mask = inputs(ours.config, seed, dtype)
     for m in (None, mask):
-        call = dict(input_ids=ids, pixel_values=pixels, attention_mask=m, output_hidden_states=True, return_loss=True)
+        call = dict(input_ids=ids, pixel_values=pixels, attention_mask=m, output_hidden_states=True,
+                    return_loss=True)
         a, b = ours(**call), theirs(**call)
         assert error(a.loss, b.loss) <= BARS[dtype]
         for name in ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds"):
@@ -136,7 +140,8 @@ def test_tuples_attentions_and_features(seed):
 
 
 def test_padding_on_the_left():
-    """Rows of which no token is real: no NaN, and the same average over everything as upstream's plain attention."""
+    """Rows of which no token is real: no NaN, and the same average over everything as upstream's plain
+    attention."""
     ours, theirs = pair(0, torch.float32, "eager")
     ids, _, mask = inputs(ours.config, 0, torch.float32)
     mask = mask.flip(1)
@@ -148,7 +153,8 @@ def test_padding_on_the_left():
 @pytest.mark.parametrize("size", [(8, 8), (24, 16), (13, 22)])
 def test_other_picture_sizes(size):
     values = tower(3, True) | dict(patch_size=4, image_size=12, num_channels=3)
-    theirs = randomized(transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**values)), 0).double()
+    theirs = randomized(transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**values)),
+                        0).double()
     ours = miniclip.CLIPVisionModelWithProjection(miniclip.CLIPVisionConfig(**values)).double()
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 3, *size, dtype=torch.float64)
@@ -170,7 +176,8 @@ CLASSES = ["CLIPModel", *TOWERS]
 
 def tiny(name, package):
     if name == "CLIPModel":
-        config = package.CLIPConfig(text_config=tower(1, False), vision_config=tower(2, True), projection_dim=12)
+        config = package.CLIPConfig(text_config=tower(1, False), vision_config=tower(2, True),
+                                    projection_dim=12)
     elif "Text" in name:
         config = package.CLIPTextConfig(**tower(1, False))
     else:
@@ -183,7 +190,8 @@ def example(config, name):
     ids = torch.randint(0, VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
     pixels = None if "Text" in name else torch.randn(2, v.num_channels, v.image_size, v.image_size)
     both = dict(input_ids=ids, pixel_values=pixels)
-    return {k: v for k, v in both.items() if k not in (["input_ids"] if "Vision" in name else []) and v is not None}
+    return {k: v for k, v in both.items() if k not in (["input_ids"] if "Vision" in name else [])
+            and v is not None}
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -216,14 +224,18 @@ def test_towers_out_of_a_whole_model(name, tmp_path):
 def test_initial_weights():
     """Same standard deviations as upstream's; the seed is not shared, so by statistics of large matrices."""
     torch.manual_seed(0)
-    text = dict(hidden_size=256, num_attention_heads=4, intermediate_size=512, num_hidden_layers=2, vocab_size=500)
-    vision = dict(hidden_size=192, num_attention_heads=4, intermediate_size=512, num_hidden_layers=3, image_size=64)
+    text = dict(hidden_size=256, num_attention_heads=4, intermediate_size=512, num_hidden_layers=2,
+                vocab_size=500)
+    vision = dict(hidden_size=192, num_attention_heads=4, intermediate_size=512, num_hidden_layers=3,
+                  image_size=64)
     both = [
-        p.CLIPModel(p.CLIPConfig(text_config=text, vision_config=vision, initializer_factor=1.0, projection_dim=128))
+        p.CLIPModel(p.CLIPConfig(text_config=text, vision_config=vision, initializer_factor=1.0,
+                                 projection_dim=128))
         for p in (miniclip, transformers)
     ]
     for (name, a), b in zip(both[0].named_parameters(), both[1].parameters(), strict=True):
         if a.ndim < 2:
             assert "class_embedding" in name or torch.equal(a, b), name
         else:
-            assert abs(a.std() / b.std() - 1) < 5 / a.numel() ** 0.5, f"{name}: {a.std():.4f}, upstream {b.std():.4f}"
+            close = abs(a.std() / b.std() - 1) < 5 / a.numel() ** 0.5
+            assert close, f"{name}: {a.std():.4f}, upstream {b.std():.4f}"

@@ -1,6 +1,8 @@
-"""miniclip's tokenizer against transformers' (Rust) and OpenAI's rules: the same ids on random text of many scripts.
+"""miniclip's tokenizer against transformers' (Rust) and OpenAI's rules: the same ids on random text of many
+scripts.
 
-The real vocabulary comes with open_clip's package; nothing is downloaded. MINICLIP_STRINGS sets how many strings.
+The real vocabulary comes with open_clip's package; nothing is downloaded.
+MINICLIP_STRINGS sets how many strings.
 """
 
 import html
@@ -23,19 +25,24 @@ STRINGS = int(os.environ.get("MINICLIP_STRINGS", 100_000))
 # First and last code point of what a string may be made of; unassigned ones are dropped below.
 SCRIPTS = {
     "ascii": (0x20, 0x7E), "latin": (0xA0, 0x24F), "ipa and accents": (0x250, 0x36F), "greek": (0x370, 0x3FF),
-    "cyrillic": (0x400, 0x4FF), "armenian": (0x531, 0x58A), "hebrew": (0x591, 0x5F4), "arabic": (0x600, 0x6FF),
+    "cyrillic": (0x400, 0x4FF), "armenian": (0x531, 0x58A), "hebrew": (0x591, 0x5F4),
+    "arabic": (0x600, 0x6FF),
     "devanagari": (0x900, 0x97F), "bengali": (0x980, 0x9FE), "tamil": (0xB82, 0xBFA), "thai": (0xE01, 0xE5B),
-    "tibetan": (0xF00, 0xFBC), "georgian": (0x10A0, 0x10FF), "jamo": (0x1100, 0x11FF), "khmer": (0x1780, 0x17F9),
+    "tibetan": (0xF00, 0xFBC), "georgian": (0x10A0, 0x10FF), "jamo": (0x1100, 0x11FF),
+    "khmer": (0x1780, 0x17F9),
     "punctuation": (0x2000, 0x206F), "currency": (0x20A0, 0x20BF), "letterlike": (0x2100, 0x214F),
-    "numbers": (0x2150, 0x218B), "arrows": (0x2190, 0x23FF), "circled": (0x2460, 0x24FF), "signs": (0x2500, 0x27BF),
-    "cjk signs": (0x3000, 0x303F), "kana": (0x3041, 0x30FF), "bopomofo": (0x3105, 0x312F), "han": (0x4E00, 0x9FEF),
+    "numbers": (0x2150, 0x218B), "arrows": (0x2190, 0x23FF), "circled": (0x2460, 0x24FF),
+    "signs": (0x2500, 0x27BF),
+    "cjk signs": (0x3000, 0x303F), "kana": (0x3041, 0x30FF), "bopomofo": (0x3105, 0x312F),
+    "han": (0x4E00, 0x9FEF),
     "hangul": (0xAC00, 0xD7A3), "compatibility": (0xF900, 0xFAD9), "presentation": (0xFB00, 0xFDFF),
     "full width": (0xFF01, 0xFFEE), "gothic": (0x10330, 0x1034A), "mathematical": (0x1D400, 0x1D7FF),
     "emoji": (0x1F300, 0x1F6FA), "han extension": (0x20000, 0x2A6D6),
 }  # fmt: skip
 MORSELS = [
     "'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'S", "'RE", "'\u017f", "<|startoftext|>", "<|endoftext|>",
-    "<|STARTOFTEXT|>", "<|EndOfText|>", "</w>", "<|", "|>", "&amp;", "&lt;b&gt;", "&amp;#39;", "ΣΑΣ", "İ", "ß",
+    "<|STARTOFTEXT|>", "<|EndOfText|>", "</w>", "<|", "|>", "&amp;", "&lt;b&gt;", "&amp;#39;", "ΣΑΣ", "İ",
+    "ß",
     "  ", "\n",
     "\t", "\u3000", "\u00a0", "\u2009", "e\u0301", "n\u0303", "가",
     "a photo of a", "the cat", "Zürich", "枸杞", "韓國人蔘", "1234", "٣٤", "½", "Ⅷ",
@@ -43,8 +50,12 @@ MORSELS = [
 
 
 def alphabet():
-    """U+09FE is left out: a combining mark younger than the Unicode tables inside transformers' Rust library."""
-    assigned = lambda c: unicodedata.category(chr(c)) not in ("Cn", "Co", "Cs", "Cc") and c != 0x9FE  # noqa: E731
+    """U+09FE is left out: a combining mark younger than the Unicode tables inside transformers' Rust
+    library."""
+
+    def assigned(c):
+        return unicodedata.category(chr(c)) not in ("Cn", "Co", "Cs", "Cc") and c != 0x9FE
+
     return {name: [chr(c) for c in range(a, b + 1) if assigned(c)] for name, (a, b) in SCRIPTS.items()}
 
 
@@ -82,7 +93,8 @@ def test_random_text_as_transformers(ours):
 def openai_reference(ours):
     """OpenAI's rules spelled with the regex module, as in clip/simple_tokenizer.py, but for ftfy."""
     pattern = regex.compile(
-        r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE
+        r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+        regex.IGNORECASE
     )
     slow = open_clip.tokenizer.SimpleTokenizer(BPE_FILE)
     symbols = byte_symbols()
@@ -112,7 +124,8 @@ def test_random_text_as_openai():
 
 
 def test_open_clip_with_ftfy():
-    """open_clip's own tokenizer, its repairs of broken text included; only its special tokens are spelled otherwise."""
+    """open_clip's own tokenizer, its repairs of broken text included;
+    only its special tokens are spelled otherwise."""
     ftfy = pytest.importorskip("ftfy")
     ours = CLIPTokenizer.from_bpe_file(BPE_FILE, rules="openai", fix_text=ftfy.fix_text)
     theirs = open_clip.tokenizer.SimpleTokenizer(BPE_FILE)
@@ -133,7 +146,8 @@ def test_the_four_herbs(ours):
         "銀川枸杞": [165, 232, 222, 161, 115, 251, 162, 252, 116, 27667, 508],
     }
     for text, ids in known.items():
-        assert ours.encode(text, add_special_tokens=False) == ids == theirs(text, add_special_tokens=False).input_ids
+        assert ours.encode(text, add_special_tokens=False) == ids
+        assert theirs(text, add_special_tokens=False).input_ids == ids
 
 
 @pytest.mark.parametrize("options", [{}, {"pad_token": "!"}])
@@ -166,7 +180,8 @@ def test_folders_both_ways(ours, tmp_path):
     read = CLIPTokenizer.from_pretrained(tmp_path / "theirs")
     assert (read.vocab, read.merges) == (ours.vocab, ours.merges)
     assert (read.pad_token, read.pad_token_id, read.model_max_length) == ("!", 0, 77)
-    trained = CLIPTokenizer.train(["枸杞 銀川枸杞", "a red bowl, a red cup", "a red bowl's rim"] * 3, vocab_size=700)
+    trained = CLIPTokenizer.train(["枸杞 銀川枸杞", "a red bowl, a red cup", "a red bowl's rim"] * 3,
+                                  vocab_size=700)
     r = random.Random(4)
     texts = [random_text(r) for _ in range(500)] + ["銀川枸杞", "a red bowl"]
     for number, tokenizer in enumerate((ours, trained)):

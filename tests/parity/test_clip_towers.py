@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from miniclip.bert import BertConfig, BertTower, ChineseCLIPConfig, ChineseCLIPModel, DistilBertConfig, DistilBertTower
+from miniclip.bert import (
+    BertConfig,
+    BertTower,
+    ChineseCLIPConfig,
+    ChineseCLIPModel,
+    DistilBertConfig,
+    DistilBertTower,
+)
 from miniclip.resnet import ModifiedResNet, ResNet
 
 from .test_clip_model import BARS, error, randomized, tower
@@ -70,7 +77,8 @@ def test_modified_resnet_as_open_clip(dtype, layers, width, size):
 
 
 def bert_values(seed):
-    return dict(vocab_size=40, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=32,
+    return dict(vocab_size=40, hidden_size=24, num_hidden_layers=2, num_attention_heads=3,
+                intermediate_size=32,
                 max_position_embeddings=12, hidden_act=["gelu", "gelu_pytorch_tanh"][seed % 2])  # fmt: skip
 
 
@@ -88,7 +96,8 @@ def test_chinese_clip(dtype, seed, tmp_path):
         transformers.ChineseCLIPConfig(text_config=text, vision_config=vision, projection_dim=10)
     )
     randomized(theirs, seed).to(dtype).eval()
-    ours = ChineseCLIPModel(ChineseCLIPConfig(text_config=text, vision_config=vision, projection_dim=10)).to(dtype)
+    ours = ChineseCLIPModel(ChineseCLIPConfig(text_config=text, vision_config=vision,
+                                              projection_dim=10)).to(dtype)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     ours.load_state_dict(theirs.state_dict())
     ours.eval()

@@ -39,7 +39,8 @@ def test_random_text(lower, tmp_path):
     ours = BertTokenizer(vocab, do_lower_case=lower)
     theirs = transformers.BertTokenizer(vocab=vocab, do_lower_case=lower)
     r = random.Random(1)
-    texts = [random_text(r) for _ in range(STRINGS // 10)] + ["a" * 101, "枸杞 [SEP] [MASK]x", "", "naïve Ångström"]
+    texts = [random_text(r) for _ in range(STRINGS // 10)] + ["a" * 101, "枸杞 [SEP] [MASK]x", "",
+                                                              "naïve Ångström"]
     expected = theirs(texts)["input_ids"]
     for text, ids in zip(texts, expected, strict=True):
         assert ours.encode(text) == ids, ascii(text)

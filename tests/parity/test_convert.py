@@ -1,4 +1,5 @@
-"""The original single-file layout: names against diffusers' own converters, configs against the released ones."""
+"""The original single-file layout: names against diffusers' own converters,
+configs against the released ones."""
 
 import pytest
 import torch
@@ -17,12 +18,14 @@ torch.set_num_threads(1)
 CROSS, DOWN, UP, CROSS_UP = "CrossAttnDownBlock2D", "DownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"
 SD1 = {"sample_size": 64, "cross_attention_dim": 768}
 SD2 = {
-    "sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True,
+    "sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
 }  # fmt: skip
 SDXL = {
     "sample_size": 128, "down_block_types": [DOWN, CROSS, CROSS], "up_block_types": [CROSS_UP, CROSS_UP, UP],
     "block_out_channels": [320, 640, 1280], "attention_head_dim": [5, 10, 20], "cross_attention_dim": 2048,
-    "transformer_layers_per_block": [1, 2, 10], "use_linear_projection": True, "addition_embed_type": "text_time",
+    "transformer_layers_per_block": [1, 2, 10], "use_linear_projection": True,
+    "addition_embed_type": "text_time",
     "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
 }  # fmt: skip
 FAMILIES = {
@@ -34,10 +37,12 @@ FAMILIES = {
     "SDXL refiner": {
         **SDXL, "block_out_channels": [384, 768, 1536, 1536], "attention_head_dim": [6, 12, 24, 24],
         "down_block_types": [DOWN, CROSS, CROSS, DOWN], "up_block_types": [UP, CROSS_UP, CROSS_UP, UP],
-        "cross_attention_dim": 1280, "transformer_layers_per_block": 4, "projection_class_embeddings_input_dim": 2560,
+        "cross_attention_dim": 1280, "transformer_layers_per_block": 4,
+        "projection_class_embeddings_input_dim": 2560,
     },
     "x4 upscaler": {
-        "sample_size": 128, "in_channels": 7, "block_out_channels": [256, 512, 512, 1024], "attention_head_dim": 8,
+        "sample_size": 128, "in_channels": 7, "block_out_channels": [256, 512, 512, 1024],
+        "attention_head_dim": 8,
         "down_block_types": [DOWN, CROSS, CROSS, CROSS], "up_block_types": [CROSS_UP, CROSS_UP, CROSS_UP, UP],
         "cross_attention_dim": 1024, "use_linear_projection": True, "num_class_embeds": 1000,
         "only_cross_attention": [False, True, True, False],
@@ -101,7 +106,8 @@ def test_vae_names_and_config(quant):
     with torch.device("meta"):
         model = AutoencoderKL(**VAE, use_quant_conv=quant, use_post_quant_conv=quant)
     old = original_vae(model)
-    theirs = upstream.convert_ldm_vae_checkpoint({f"first_stage_model.{n}": t for n, t in old.items()}, model.export_config())
+    theirs = upstream.convert_ldm_vae_checkpoint({f"first_stage_model.{n}": t for n, t in old.items()},
+                                                 model.export_config())
     _, inferred, ours = convert.convert_vae(old, False, "vae")
     assert inferred == model.config
     assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
@@ -109,12 +115,14 @@ def test_vae_names_and_config(quant):
 
 
 def test_vae_tensors():
-    """A small VAE with numbers: queries, keys and values have one shape, so shapes alone would not tell them apart."""
+    """A small VAE with numbers: queries, keys and values have one shape,
+    so shapes alone would not tell them apart."""
     small = {"block_out_channels": [32, 64], "layers_per_block": 1, "sample_size": 512}
     types = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
     model = AutoencoderKL(**small, **types)
     old = original_vae(model)
-    theirs = upstream.convert_ldm_vae_checkpoint({f"first_stage_model.{n}": t for n, t in old.items()}, model.export_config())
+    theirs = upstream.convert_ldm_vae_checkpoint({f"first_stage_model.{n}": t for n, t in old.items()},
+                                                 model.export_config())
     _, _, ours = convert.convert_vae(old, False, "vae")
     assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -125,7 +133,8 @@ def openclip(layers, width, seed):
     state = {"token_embedding.weight": torch.randn(60, width), "positional_embedding": torch.randn(9, width)}
     for i in range(layers):
         block = {
-            "ln_1": (width,), "ln_2": (width,), "attn.out_proj": (width, width), "mlp.c_fc": (4 * width, width),
+            "ln_1": (width,), "ln_2": (width,), "attn.out_proj": (width, width),
+            "mlp.c_fc": (4 * width, width),
             "mlp.c_proj": (width, 4 * width),
         }  # fmt: skip
         for name, size in block.items():
@@ -153,12 +162,14 @@ def test_openclip_text_encoders(sdxl):
     assert {n for n in renamed} == {n for n in converted if sdxl or "text_projection" not in n}
     assert all(torch.equal(renamed[n], converted[n]) for n in renamed)
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                 "max_position_embeddings", "projection_dim", "hidden_act", "bos_token_id", "eos_token_id"):  # fmt: skip
+                 # fmt: skip
+                 "max_position_embeddings", "projection_dim", "hidden_act", "bos_token_id", "eos_token_id"):
         assert getattr(our_config, name) == getattr(config, name), name
     ours = our_class(our_config).eval()
     convert.load_strict(ours, renamed, "text")
     bare = set(theirs.state_dict()) & {n.removeprefix("text_model.") for n in converted}
-    theirs.load_state_dict({n.removeprefix("text_model.") if bare - set(converted) else n: t for n, t in converted.items()
+    theirs.load_state_dict({n.removeprefix("text_model.") if bare - set(converted) else n: t
+                            for n, t in converted.items()
                             if sdxl or "text_projection" not in n})  # fmt: skip
     ids = torch.tensor([[58, 3, 7, 59, 59], [58, 2, 9, 11, 59]])
     with torch.no_grad():
@@ -171,7 +182,8 @@ def test_models_from_a_file_open_in_diffusers_too(tmp_path):
     """A small SD 1 UNet in a single file: diffusers (given its config) and we read the same model from it."""
     torch.manual_seed(0)
     model = UNet2DConditionModel(block_out_channels=(32, 64), down_block_types=(CROSS, DOWN), sample_size=64,
-                                 up_block_types=(UP, CROSS_UP), cross_attention_dim=24, layers_per_block=1)  # fmt: skip
+                                 # fmt: skip
+                                 up_block_types=(UP, CROSS_UP), cross_attention_dim=24, layers_per_block=1)
     state = {convert.UNET + n: t for n, t in original_unet(model).items()}
     save_file(state, tmp_path / "model.safetensors")
     ours = convert.load_single_file(tmp_path / "model.safetensors")["unet"]

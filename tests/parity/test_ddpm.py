@@ -45,11 +45,13 @@ def test_timesteps_of_every_count(spacing: str, offset: int) -> None:
     ours, theirs = both(timestep_spacing=spacing, steps_offset=offset)
     for steps in range(1, 1001):
         if spacing == "leading" and offset and steps == 1000:
-            continue    # upstream reaches t = 1000, outside its tables; ours refuses (tests/test_minidiff_ddpm.py)
+            # upstream reaches t = 1000, outside its tables; ours refuses (tests/test_minidiff_ddpm.py)
+            continue
         ours.set_timesteps(steps)
         theirs.set_timesteps(steps)
         upstream = theirs.timesteps.tolist()
-        if len(upstream) > steps:   # trailing: a float stride overshoots for 62 counts, and the schedule ends in t = -1
+        # trailing: a float stride overshoots for 62 counts, and the schedule ends in t = -1
+        if len(upstream) > steps:
             assert spacing == "trailing" and upstream.pop() == -1
         assert ours.timesteps.tolist() == upstream, steps
 
@@ -60,13 +62,15 @@ def test_step(schedule: str, variance: str) -> None:
     learned = variance in ("learned", "learned_range")
     for prediction, spacing, zero, clip in itertools.product(PREDICTIONS, SPACINGS, (False, True), range(4)):
         ours, theirs = both(
-            beta_schedule=schedule, variance_type=variance, prediction_type=prediction, timestep_spacing=spacing,
+            beta_schedule=schedule, variance_type=variance, prediction_type=prediction,
+            timestep_spacing=spacing,
             rescale_betas_zero_snr=zero, steps_offset=clip % 2, thresholding=clip == 1, clip_sample=clip < 2,
             clip_sample_range=0.7 if clip == 0 else 1.0, sample_max_value=1.5, dynamic_thresholding_ratio=0.9)
         ours.set_timesteps(7)
         theirs.set_timesteps(7)
         g = torch.Generator().manual_seed(clip)
-        x, output = torch.randn(2, 3, 4, 4, generator=g), torch.randn(2, 6 if learned else 3, 4, 4, generator=g)
+        x, output = torch.randn(2, 3, 4, 4, generator=g), torch.randn(2, 6 if learned else 3, 4, 4,
+                                                                      generator=g)
         if variance == "learned":
             output = output.abs()   # a variance
         for t in theirs.timesteps[[0, 3, 6]]:
@@ -100,8 +104,10 @@ def test_noising_and_velocity(dtype: torch.dtype) -> None:
 def test_generators_draw_the_same_streams() -> None:
     ours, theirs = both()
     x, output = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    for make in (lambda: torch.Generator().manual_seed(5), lambda: [torch.Generator().manual_seed(i) for i in (1, 2)]):
-        assert same(ours.step(output, 500, x, generator=make())[0], theirs.step(output, 500, x, generator=make())[0])
+    for make in (lambda: torch.Generator().manual_seed(5),
+                 lambda: [torch.Generator().manual_seed(i) for i in (1, 2)]):
+        assert same(ours.step(output, 500, x, generator=make())[0],
+                    theirs.step(output, 500, x, generator=make())[0])
     torch.manual_seed(3)
     mine = ours.step(output, 500, x)[0]
     torch.manual_seed(3)
@@ -109,7 +115,8 @@ def test_generators_draw_the_same_streams() -> None:
 
 
 def test_configs_open_both_ways(tmp_path) -> None:
-    ours, theirs = both(beta_schedule="scaled_linear", timestep_spacing="trailing", prediction_type="v_prediction")
+    ours, theirs = both(beta_schedule="scaled_linear", timestep_spacing="trailing",
+                        prediction_type="v_prediction")
     ours.save_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
     assert DDPMScheduler.from_pretrained(tmp_path / "theirs").config == ours.config

@@ -1,9 +1,12 @@
-"""Fine-tuning SDXL and models for inpainting beside diffusers: one batch's loss and gradients, and the LoRA file of a run.
+"""Fine-tuning SDXL and models for inpainting beside diffusers: one batch's loss and gradients,
+and the LoRA file of a run.
 
 What is held against ours is written as in diffusers' examples/text_to_image/train_text_to_image_sdxl.py and
-examples/research_projects/dreambooth_inpaint/train_dreambooth_inpaint.py, with diffusers' and transformers' own models.
-Two things differ by intent: a picture's latents are the mean of the VAE's Gaussian, where upstream draws from it; and
-SDXL's empty caption is zeros where the model says so, as its pipeline has it, where upstream's script encodes "".
+examples/research_projects/dreambooth_inpaint/train_dreambooth_inpaint.py, with diffusers' and transformers'
+own models.
+Two things differ by intent: a picture's latents are the mean of the VAE's Gaussian,
+where upstream draws from it; and SDXL's empty caption is zeros where the model says so, as its pipeline has
+it, where upstream's script encodes "".
 """
 
 from __future__ import annotations
@@ -17,16 +20,25 @@ from torch import Tensor, nn
 
 from minidiff.pipeline import StableDiffusionPipeline
 from tests.parity.compare import assert_same_keys, relative_error
-from tests.test_latent import CAPTIONS, KINDS, data, models, pictures, short_validation, train, writer_of  # noqa: F401
+from tests.test_latent import (  # noqa: F401  fixtures among them
+    CAPTIONS,
+    KINDS,
+    data,
+    models,
+    pictures,
+    short_validation,
+    train,
+    writer_of,
+)
 from tests.test_minidiff_pipeline import make
 from train.lora import FILE
-from train.train_diffusion import diffusion_loss
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-TEXTS = {"text_encoder": transformers.CLIPTextModel, "text_encoder_2": transformers.CLIPTextModelWithProjection}
+TEXTS = {"text_encoder": transformers.CLIPTextModel,
+         "text_encoder_2": transformers.CLIPTextModelWithProjection}
 T = torch.tensor([3, 250, 600, 990])
 
 
@@ -37,7 +49,8 @@ class Theirs:
         self.unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet").double().train()
         self.vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae").double()
         self.schedule = diffusers.DDPMScheduler.from_pretrained(folder / "scheduler")
-        self.encoders = [cls.from_pretrained(folder / name).double() for name, cls in TEXTS.items() if (folder / name).exists()]
+        self.encoders = [cls.from_pretrained(folder / name).double()
+                         for name, cls in TEXTS.items() if (folder / name).exists()]
         self.tokenizers = [transformers.CLIPTokenizer.from_pretrained(folder / name)
                            for name in ("tokenizer", "tokenizer_2") if (folder / name).exists()]
 
@@ -49,8 +62,8 @@ class Theirs:
     def texts(self, prompts: list[str]) -> tuple[Tensor, dict | None]:
         outputs = []
         for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
-            ids = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
-                            return_tensors="pt").input_ids
+            ids = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length,
+                            truncation=True, return_tensors="pt").input_ids
             outputs.append(encoder(ids, output_hidden_states=True))
         if len(outputs) == 1:
             return outputs[0].last_hidden_state, None
@@ -77,7 +90,8 @@ def test_loss_and_gradients(tmp_path: Path, data: Path, kind: str, zeros: bool) 
     pipe = make(**KINDS.get(kind, {}))
     pipe.force_zeros_for_empty_prompt = zeros
     pipe.save_pretrained(tmp_path / "model")
-    theirs, (ours, latents) = Theirs(tmp_path / "model"), writer_of(tmp_path / "model", data, tmp_path, torch.float64)
+    theirs, (ours, latents) = Theirs(tmp_path / "model"), writer_of(tmp_path / "model", data, tmp_path,
+                                                                    torch.float64)
     assert_same_keys(ours.unet, theirs.unet)
     pixels = pictures(data).double()
     x0 = theirs.latents(pixels)
@@ -87,10 +101,10 @@ def test_loss_and_gradients(tmp_path: Path, data: Path, kind: str, zeros: bool) 
     if ours.inpaints:
         mask = torch.zeros(4, 1, 16, 16, dtype=torch.float64)
         mask[0], mask[1, :, 3:9, 5:], mask[2, :, :4, :4], mask[3, :, 7:, 2:11] = 1, 1, 1, 1
-        around = {"around": ours.surround(pixels, mask)}
+        around = {"inpaint": ours.mask_and_latents(pixels, mask)}
         beside = [F.interpolate(mask, size=(8, 8)), theirs.latents(pixels * (mask < 0.5))]
     prompts = CAPTIONS if zeros else ["", *CAPTIONS[1:]]
-    theirs_loss, ours_loss = theirs.loss(x0, prompts, noise, beside), diffusion_loss(ours, x0, prompts, T, noise, around)
+    theirs_loss, ours_loss = theirs.loss(x0, prompts, noise, beside), ours(x0, prompts, T, noise, around)
     assert relative_error(ours_loss, theirs_loss) <= 1e-12
     theirs_loss.backward()
     ours_loss.backward()
@@ -98,13 +112,15 @@ def test_loss_and_gradients(tmp_path: Path, data: Path, kind: str, zeros: bool) 
 
 
 @pytest.mark.parametrize("kind", ["xl", "xl-inpaint"])
-def test_diffusers_reads_the_lora_file_of_a_run(tmp_path: Path, models: Path, data: Path, kind: str) -> None:  # noqa: F811
+def test_diffusers_reads_the_lora_file_of_a_run(
+        tmp_path: Path, models: Path, data: Path, kind: str) -> None:  # noqa: F811
     pytest.importorskip("peft")
     run = train(models / kind, data, tmp_path, lora=2, lora_alpha=6.0, lr=0.05, steps=3)
     theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(models / kind)
     ours = StableDiffusionPipeline.from_pretrained(run / "model").unet
-    dice = torch.Generator().manual_seed(0)
-    x, text, pooled = (torch.randn(2, *shape, generator=dice) for shape in ((ours.config.in_channels, 8, 8), (5, 64), (32,)))
+    generator = torch.Generator().manual_seed(0)
+    x, text, pooled = (torch.randn(2, *shape, generator=generator)
+                       for shape in ((ours.config.in_channels, 8, 8), (5, 64), (32,)))
     added = {"text_embeds": pooled, "time_ids": torch.tensor([[16.0, 16.0, 0.0, 0.0, 16.0, 16.0]] * 2)}
 
     def answer(unet: nn.Module) -> Tensor:
@@ -117,15 +133,19 @@ def test_diffusers_reads_the_lora_file_of_a_run(tmp_path: Path, models: Path, da
     assert not torch.allclose(before, answer(ours), atol=1e-3)
 
 
-@pytest.mark.parametrize("kind,name", [("xl", "StableDiffusionXLPipeline"), ("inpaint", "StableDiffusionInpaintPipeline"),
+@pytest.mark.parametrize("kind,name", [("xl", "StableDiffusionXLPipeline"),
+                                       ("inpaint", "StableDiffusionInpaintPipeline"),
                                        ("xl-inpaint", "StableDiffusionXLInpaintPipeline")])
-def test_diffusers_opens_the_model_of_a_run(tmp_path: Path, models: Path, data: Path, kind: str, name: str) -> None:  # noqa: F811
+def test_diffusers_opens_the_model_of_a_run(tmp_path: Path, models: Path, data: Path, kind: str,  # noqa: F811
+                                            name: str) -> None:
     run = train(models / kind, data, tmp_path)
     ours = StableDiffusionPipeline.from_pretrained(run / "model")
     theirs = getattr(diffusers, name).from_pretrained(run / "model")
     theirs.set_progress_bar_config(disable=True)
-    paint = {} if kind == "xl" else {"image": pictures(data)[:1] / 2 + 0.5, "mask_image": torch.ones(1, 1, 16, 16),
+    paint = {} if kind == "xl" else {"image": pictures(data)[:1] / 2 + 0.5,
+                                     "mask_image": torch.ones(1, 1, 16, 16),
                                      "strength": 1.0}
-    ours_x, theirs_x = (pipe("a herb", num_inference_steps=2, guidance_scale=5.0, height=16, width=16, output_type="pt",
-                             generator=torch.Generator().manual_seed(0), **paint).images for pipe in (ours, theirs))
+    ours_x, theirs_x = (pipe("a herb", num_inference_steps=2, guidance_scale=5.0, height=16, width=16,
+                             output_type="pt", generator=torch.Generator().manual_seed(0), **paint).images
+                             for pipe in (ours, theirs))
     assert torch.allclose(ours_x, theirs_x, atol=1e-4)

@@ -1,4 +1,5 @@
-"""Our LoRA files in diffusers' load_lora_weights (which needs peft) and in peft itself, and theirs in ours."""
+"""Our LoRA files in diffusers' load_lora_weights (which needs peft) and in peft itself,
+and theirs in ours."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from miniclip import CLIPImageProcessor, CLIPTokenizer, convert
+from miniclip.image_text import PRESETS, Preset
 from miniclip.weights import WeightsError, load_file
 from tests.test_lora import predict, teach, unet
 from tests.test_minidiff_pipeline import make
@@ -17,21 +19,21 @@ from train.lora import (
     CLIP_PROJECTIONS,
     FILE,
     PEFT_CONFIG,
-    MergeConfig,
     add_lora,
-    main,
     merge_lora,
     merged,
     read_adapter,
     save_adapter,
     save_lora,
 )
-from train.matcher import PRESETS, Preset
+from train.merge_lora import MergeConfig, main
 
 ROOT = Path(__file__).parent.parent.parent
-TEXT = {"vocab_size": 560, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 3,
+TEXT = {"vocab_size": 560, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 3,
         "max_position_embeddings": 12}
-VISION = {**{k: v for k, v in TEXT.items() if "vocab" not in k and "max_" not in k}, "image_size": 16, "patch_size": 8}
+VISION = {**{k: v for k, v in TEXT.items() if "vocab" not in k and "max_" not in k}, "image_size": 16,
+          "patch_size": 8}
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
@@ -68,12 +70,15 @@ def test_peft_reads_the_folder_of_a_clip(tmp_path: Path, monkeypatch) -> None:
     from transformers import CLIPModel
 
     monkeypatch.setitem(PRESETS, "vit-tiny", Preset("vit", 32, (2,), 8, 32, 2, 32))
-    first = train_clip.TrainConfig(data=str(ROOT / "data" / "herbs"), out=str(tmp_path / "a"), size=32, batch=8, steps=4,
+    first = train_clip.TrainConfig(data=str(ROOT / "data" / "herbs"), out=str(tmp_path / "a"), size=32,
+                                   batch=8, steps=4,
                                    preset="vit-tiny", checks=0, device="cpu", optimizer="adamw", lr=0.01)
     train_clip.main(first)
     init = tmp_path / "a" / "model"
-    train_clip.main(dataclasses.replace(first, out=str(tmp_path / "b"), init=str(init), lora=2, lora_alpha=6.0))
-    theirs = PeftModel.from_pretrained(CLIPModel.from_pretrained(init), tmp_path / "b" / "lora").merge_and_unload()
+    train_clip.main(dataclasses.replace(first, out=str(tmp_path / "b"), init=str(init), lora=2,
+                                        lora_alpha=6.0))
+    theirs = PeftModel.from_pretrained(CLIPModel.from_pretrained(init),
+                                       tmp_path / "b" / "lora").merge_and_unload()
     ours, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "b" / "model", init))
     assert all(torch.allclose(theirs.state_dict()[name], value, atol=1e-6) for name, value in ours.items())
     assert sum(not torch.equal(value, before[name]) for name, value in ours.items()) == 16
@@ -83,7 +88,8 @@ def read_both(model, pixels: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
     """[4, E]: the features of two pictures and of two texts, of their model or of ours."""
     with torch.no_grad():
         both = model.get_image_features(pixels), model.get_text_features(ids, mask)
-    return torch.cat([getattr(features, "pooler_output", features) for features in both])   # transformers 4: a tensor
+    # transformers 4: a tensor
+    return torch.cat([getattr(features, "pooler_output", features) for features in both])
 
 
 def questions() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -108,7 +114,8 @@ def test_peft_reads_the_folder_of_a_chinese_clip(tmp_path: Path) -> None:
     add_lora(ours, 3, 6, CLIP_PROJECTIONS)
     teach(ours)
     save_adapter(ours, tmp_path / "lora", 3)
-    theirs = PeftModel.from_pretrained(ChineseCLIPModel.from_pretrained(tmp_path / "init"), tmp_path / "lora").eval()
+    theirs = PeftModel.from_pretrained(ChineseCLIPModel.from_pretrained(tmp_path / "init"),
+                                       tmp_path / "lora").eval()
     apart = read_both(theirs, *questions())
     assert relative(read_both(ours, *questions()), apart) <= 1e-6
     for picture_or_text in range(4):
@@ -124,7 +131,8 @@ def test_peft_reads_the_folder_of_a_chinese_clip(tmp_path: Path) -> None:
 
 
 def test_our_script_merges_what_peft_made(tmp_path: Path) -> None:
-    """A stranger's adapter, alpha other than r, of two of the four projections: as peft's merge_and_unload."""
+    """A stranger's adapter, alpha other than r, of two of the four projections: as peft's
+    merge_and_unload."""
     from peft import LoraConfig, get_peft_model
     from transformers import CLIPConfig, CLIPModel
 
@@ -142,7 +150,8 @@ def test_our_script_merges_what_peft_made(tmp_path: Path) -> None:
     main(MergeConfig(str(tmp_path / "model"), str(tmp_path / "lora"), 1.0, str(tmp_path / "out")))
     wanted, got = theirs.merge_and_unload(), convert.load(tmp_path / "out")
     state = got.state_dict()
-    assert all(torch.allclose(state[name], value, rtol=0, atol=1e-6) for name, value in wanted.state_dict().items())
+    assert all(torch.allclose(state[name], value, rtol=0, atol=1e-6)
+               for name, value in wanted.state_dict().items())
     assert sum(not torch.equal(state[name], value) for name, value in before.items()) == 8
     assert relative(read_both(got, *questions()), read_both(wanted.eval(), *questions())) <= 1e-6
     opened = CLIPModel.from_pretrained(tmp_path / "out").eval()
@@ -158,7 +167,8 @@ def test_we_know_the_fields_of_peft(changes: dict, tmp_path: Path) -> None:
     """The names in its own file: what it writes for plain LoRA is taken, each other kind is refused."""
     from peft import LoraConfig
 
-    plain = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj"], "lora_dropout": 0.1, "init_lora_weights": "gaussian"}
+    plain = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj"], "lora_dropout": 0.1,
+             "init_lora_weights": "gaussian"}
     LoraConfig(**plain).save_pretrained(tmp_path)
     assert read_adapter(tmp_path / PEFT_CONFIG) == (4, 6)
     LoraConfig(**{**plain, **changes}).save_pretrained(tmp_path)

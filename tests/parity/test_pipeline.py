@@ -27,7 +27,8 @@ SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 
 def text_config(width=32, act="quick_gelu", **more):
     return transformers.CLIPTextConfig(
-        vocab_size=len(TOKENIZER), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=len(TOKENIZER), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3,
+        num_attention_heads=4,
         max_position_embeddings=77, hidden_act=act, projection_dim=width, bos_token_id=TOKENIZER.bos_token_id,
         eos_token_id=TOKENIZER.eos_token_id, **more,
     )  # fmt: skip
@@ -55,7 +56,8 @@ def family(name, folder, seed=0):
     TOKENIZER.save_pretrained(folder / "tok")
     tok = transformers.CLIPTokenizer.from_pretrained(folder / "tok")
     pndm = diffusers.PNDMScheduler(**SD_BETAS, skip_prk_steps=True)
-    parts = dict(vae=vae(), text_encoder=transformers.CLIPTextModel(text_config()), tokenizer=tok, scheduler=pndm)
+    parts = dict(vae=vae(), text_encoder=transformers.CLIPTextModel(text_config()), tokenizer=tok,
+                 scheduler=pndm)
     rest = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     if name == "sd1":
         pipe = diffusers.StableDiffusionPipeline(unet=unet(), **parts, **rest)
@@ -75,10 +77,12 @@ def family(name, folder, seed=0):
         second = transformers.CLIPTextModelWithProjection(text_config(24, "gelu"))
         model = unet(
             cross_attention_dim=56, use_linear_projection=True, transformer_layers_per_block=[1, 2],
-            addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=72,
+            addition_embed_type="text_time", addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=72,
         )  # fmt: skip
         parts["scheduler"] = diffusers.EulerDiscreteScheduler(**SD_BETAS, timestep_spacing="leading")
-        parts["vae"] = vae(scaling_factor=0.13025, latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.1, 0.9, 1.2, 0.8]
+        parts["vae"] = vae(scaling_factor=0.13025, latents_mean=[0.1, -0.2, 0.3, 0.0],
+                           latents_std=[1.1, 0.9, 1.2, 0.8]
                            if name == "sdxl-statistics" else None)  # fmt: skip
         tok_2 = transformers.CLIPTokenizer.from_pretrained(folder / "tok", pad_token="!")
         pipe = diffusers.StableDiffusionXLPipeline(
@@ -103,10 +107,13 @@ def folders(tmp_path_factory):
 def both(folder, dtype, their_class=None):
     ours = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
     their_class = their_class or diffusers.DiffusionPipeline
-    theirs = their_class.from_pretrained(folder, torch_dtype=dtype, safety_checker=None, local_files_only=True) if (
-        "XL" not in their_class.__name__ and not ours.is_xl) else their_class.from_pretrained(folder, torch_dtype=dtype)
+    theirs = their_class.from_pretrained(folder, torch_dtype=dtype, safety_checker=None,
+                                         local_files_only=True) if (
+        "XL" not in their_class.__name__
+        and not ours.is_xl) else their_class.from_pretrained(folder, torch_dtype=dtype)
     theirs.set_progress_bar_config(disable=True)
-    if not hasattr(theirs.text_encoder, "text_model"):  # transformers 5 took it away, diffusers' clip_skip wants it
+    # transformers 5 took it away, diffusers' clip_skip wants it
+    if not hasattr(theirs.text_encoder, "text_model"):
         object.__setattr__(theirs.text_encoder, "text_model", theirs.text_encoder)
     return ours, theirs
 
@@ -119,7 +126,8 @@ def run(pipe, seed=3, **kwargs):
         steps.append(values["latents"].clone())
         return {}
 
-    pictures = pipe(generator=torch.Generator().manual_seed(seed), callback_on_step_end=note, output_type="pt", **kwargs)
+    pictures = pipe(generator=torch.Generator().manual_seed(seed), callback_on_step_end=note,
+                    output_type="pt", **kwargs)
     return steps, pictures.images
 
 
@@ -135,7 +143,8 @@ def agree(ours, theirs, dtype):
     return worst
 
 
-SAMPLERS = {"DDPMScheduler": DDPMScheduler} | {n: getattr(samplers, n) for n in samplers.__all__ if n.endswith("Scheduler")}
+SAMPLERS = {"DDPMScheduler": DDPMScheduler} | {n: getattr(samplers, n)
+                                               for n in samplers.__all__ if n.endswith("Scheduler")}
 
 
 @pytest.mark.parametrize("dtype", BOUND)
@@ -149,7 +158,8 @@ def test_every_sampler(folders, name, sampler, dtype):
         ours.scheduler = SAMPLERS[sampler].from_config(ours.scheduler.config, **extra)
         theirs.scheduler = getattr(diffusers, sampler).from_config(theirs.scheduler.config, **extra)
         for guidance in (1.0, 4.0):
-            call = dict(prompt="a herb shop", num_inference_steps=5, guidance_scale=guidance, negative_prompt="goji")
+            call = dict(prompt="a herb shop", num_inference_steps=5, guidance_scale=guidance,
+                        negative_prompt="goji")
             agree(run(ours, **call), run(theirs, **call), dtype)
 
 
@@ -167,7 +177,8 @@ def test_text_to_image(folders, name, dtype):
     ]
     if "xl" in name:
         calls += [{"prompt": "goji", "prompt_2": "ginseng", "negative_prompt": "a", "negative_prompt_2": "b"},
-                  {"prompt": "goji", "original_size": (50, 60), "crops_coords_top_left": (3, 4), "target_size": (9, 8)},
+                  {"prompt": "goji", "original_size": (50, 60), "crops_coords_top_left": (3, 4),
+                   "target_size": (9, 8)},
                   {"prompt": "goji", "negative_prompt": ""}]  # fmt: skip
     worst = 0.0
     for call in calls:
@@ -187,7 +198,8 @@ def test_image_to_image(folders, name, sampler, dtype):
         theirs.scheduler = getattr(diffusers, sampler).from_config(theirs.scheduler.config)
     picture = torch.rand(1, 3, 16, 20, generator=torch.Generator().manual_seed(0))
     for call in ({"strength": 0.6}, {"strength": 1.0}, {"strength": 0.4, "num_images_per_prompt": 2}):
-        call = {"prompt": "a herb shop", "image": picture, "num_inference_steps": 6, "guidance_scale": 3.0, **call}
+        call = {"prompt": "a herb shop", "image": picture, "num_inference_steps": 6, "guidance_scale": 3.0,
+                **call}
         agree(run(ours, **call), run(theirs, **call), dtype)
 
 
@@ -205,7 +217,8 @@ def test_inpainting(folders, name, sampler, dtype):
     mask[..., 4:12, 6:] = 0.9
     for call in ({}, {"strength": 0.6}, {"num_images_per_prompt": 2, "guidance_scale": 1.0}):
         call = {"strength": 1.0, **call}
-        call = {"prompt": "goji", "image": picture, "mask_image": mask, "num_inference_steps": 5, "guidance_scale": 3.0, **call}
+        call = {"prompt": "goji", "image": picture, "mask_image": mask, "num_inference_steps": 5,
+                "guidance_scale": 3.0, **call}
         sizes = {"height": 16, "width": 24}
         agree(run(ours, **call), run(theirs, **call, **sizes), dtype)
 
@@ -233,7 +246,8 @@ def test_lists_of_generators(folders):
         call = dict(prompt="goji", num_images_per_prompt=2, num_inference_steps=3, eta=1.0)
         results.append(pipe(generator=generators, output_type="latent", **call).images)
     assert (results[0] - results[1]).abs().max() <= 1e-10
-    alone = ours(prompt="goji", num_inference_steps=3, generator=torch.Generator().manual_seed(6), output_type="latent")
+    alone = ours(prompt="goji", num_inference_steps=3, generator=torch.Generator().manual_seed(6),
+                 output_type="latent")
     assert torch.allclose(alone.images[0], results[0][1], atol=1e-8)  # a picture does not depend on its batch
 
 
@@ -260,11 +274,13 @@ def test_flax_names(folders, tmp_path):
     index["scheduler"] = ["diffusers", "FlaxPNDMScheduler"]
     index["unet"] = ["diffusers", "FlaxUNet2DConditionModel"]
     (tmp_path / "flax" / "model_index.json").write_text(json.dumps(index))
-    assert type(StableDiffusionPipeline.from_pretrained(tmp_path / "flax").scheduler).__name__ == "PNDMScheduler"
+    flax = StableDiffusionPipeline.from_pretrained(tmp_path / "flax")
+    assert type(flax.scheduler).__name__ == "PNDMScheduler"
 
 
 def test_single_file(tmp_path):
-    """A complete SD 1 file in the original layout: diffusers (given the configs) and we draw the same from it."""
+    """A complete SD 1 file in the original layout: diffusers (given the configs) and we draw the same from
+    it."""
     from tests.test_minidiff_pipeline import make, single_file
 
     pipe = make()
@@ -272,9 +288,11 @@ def test_single_file(tmp_path):
     pipe.scheduler = samplers.PNDMScheduler(**SD_BETAS, skip_prk_steps=True)
     pipe.save_pretrained(tmp_path / "configs")
     theirs = diffusers.StableDiffusionPipeline.from_single_file(
-        str(tmp_path / "model.safetensors"), config=str(tmp_path / "configs"), local_files_only=True, safety_checker=None
+        str(tmp_path / "model.safetensors"), config=str(tmp_path / "configs"), local_files_only=True,
+        safety_checker=None
     )
     theirs.set_progress_bar_config(disable=True)
-    ours = StableDiffusionPipeline.from_single_file(tmp_path / "model.safetensors", tmp_path / "configs" / "tokenizer")
+    ours = StableDiffusionPipeline.from_single_file(tmp_path / "model.safetensors",
+                                                    tmp_path / "configs" / "tokenizer")
     call = dict(prompt="a herb shop", num_inference_steps=4, height=16, width=16)
     agree(run(ours, **call), run(theirs, **call), torch.float32)

@@ -1,7 +1,8 @@
 """The samplers against diffusers' over random points of the grid of all their arguments.
 
-A stand-in for the UNet answers from (x, t), the same for both; every step's sample is compared. `SMALL` is float32
-rounding; sigma tables are equal to a unit in the last place, since numpy's logarithm is not torch's.
+A stand-in for the UNet answers from (x, t), the same for both; every step's sample is compared.
+`SMALL` is float32 rounding; sigma tables are equal to a unit in the last place,
+since numpy's logarithm is not torch's.
 """
 
 import itertools
@@ -31,7 +32,8 @@ COMMON = {
     "steps_offset": [0, 1],
 }
 PREDICTIONS = {"prediction_type": ["epsilon", "sample", "v_prediction"]}
-THRESHOLDING = {"thresholding": [False, True], "dynamic_thresholding_ratio": [0.995, 0.8], "sample_max_value": [1.0, 2.0]}
+THRESHOLDING = {"thresholding": [False, True], "dynamic_thresholding_ratio": [0.995, 0.8],
+                "sample_max_value": [1.0, 2.0]}
 ZERO_SNR = {"rescale_betas_zero_snr": [False, True]}
 SPACINGS = [{}, {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"use_beta_sigmas": True}]
 
@@ -101,7 +103,8 @@ def build(name, config):
 
 def compare_schedules(ours, theirs):
     assert ours.timesteps.dtype == theirs.timesteps.dtype
-    # upstream truncates a computed T - 1 that numpy's logarithm may leave at T - 1.00000001: only the first, by one
+    # upstream truncates a computed T - 1 that numpy's logarithm may leave at T - 1.00000001: only the first,
+    # by one
     truncated = any(ours.config.get(name) for name in ("use_exponential_sigmas", "use_beta_sigmas"))
     first = int(truncated and ours.timesteps.dtype == torch.int64)
     assert (ours.timesteps[:first] - theirs.timesteps[:first]).abs().sum() <= 1
@@ -120,7 +123,8 @@ def walk(ours, theirs, dtype, rng, **kwargs):
     x = noise * float(ours.init_noise_sigma)
     worst = 0.0
     if len(set(ours.timesteps.tolist())) < len(ours.timesteps) and hasattr(theirs, "set_begin_index"):
-        ours.set_begin_index(0)  # a timestep twice: both would start at the second of them and run over the end
+        # a timestep twice: both would start at the second of them and run over the end
+        ours.set_begin_index(0)
         theirs.set_begin_index(0)
     generators = [torch.Generator().manual_seed(7) for _ in range(2)]
     for t, t_theirs in zip(ours.timesteps, theirs.timesteps, strict=True):
@@ -142,7 +146,8 @@ def walk(ours, theirs, dtype, rng, **kwargs):
 def steps_for(name, config, rng):
     if name == "LCMScheduler":
         return rng.choice([1, 2, 4, 7])
-    n = rng.choice([2, 3, 5, 14, 16] if not config.get("lambda_min_clipped", 0) < -9 else [1, 2, 3, 5, 14, 16])
+    n = rng.choice([2, 3, 5, 14, 16] if not config.get("lambda_min_clipped", 0) < -9
+                   else [1, 2, 3, 5, 14, 16])
     return max(n, 4) if config.get("skip_prk_steps") is False else n
 
 
@@ -162,7 +167,8 @@ def test_grid(name):
         if name == "DDIMScheduler":
             kwargs = {"eta": rng.choice([0.0, 0.5, 1.0]), "use_clipped_model_output": rng.random() < 0.5}
         if name == "EulerDiscreteScheduler":
-            kwargs = rng.choice([{}, {"s_churn": 2.0}, {"s_churn": 40.0, "s_noise": 1.1, "s_tmin": 0.5, "s_tmax": 8.0}])
+            kwargs = rng.choice([{}, {"s_churn": 2.0},
+                                 {"s_churn": 40.0, "s_noise": 1.1, "s_tmin": 0.5, "s_tmax": 8.0}])
         dtype = rng.choice([torch.float32, torch.float64])
         difference = walk(ours, theirs, dtype, rng, **kwargs)
         assert difference <= SMALL, (difference, config, n, kwargs, dtype)
@@ -216,7 +222,8 @@ def test_add_noise_and_image_to_image(name):
             if name != "LCMScheduler":
                 pair = [s.add_noise(x, noise, s.timesteps[6:7].repeat(2)) for s in (ours, theirs)]
                 assert relative(*pair) <= 1e-6
-            pair = [s.step(x, s.timesteps[6], x, generator=torch.Generator().manual_seed(0)) for s in (ours, theirs)]
+            pair = [s.step(x, s.timesteps[6], x, generator=torch.Generator().manual_seed(0))
+                    for s in (ours, theirs)]
             assert relative(pair[0].prev_sample, pair[1].prev_sample) <= 1e-6
 
 
@@ -250,7 +257,8 @@ def test_dpmsolver_and_lcm_custom_timesteps():
 
 @pytest.mark.parametrize("name", GRID)
 def test_given_noise_and_lists_of_generators(name):
-    ours, theirs = build(name, {"num_train_timesteps": 100} | ({"algorithm_type": "sde-dpmsolver++"} if "DPM" in name else {}))
+    ours, theirs = build(name, {"num_train_timesteps": 100}
+                         | ({"algorithm_type": "sde-dpmsolver++"} if "DPM" in name else {}))
     for scheduler in (ours, theirs):
         scheduler.set_timesteps(5)
     x, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
@@ -284,7 +292,8 @@ def test_from_config_across_samplers(source, target):
         for field in a.config.keys():
             if field in b.config:
                 theirs = b.config[field]
-                assert getattr(a.config, field) == (tuple(theirs) if isinstance(theirs, list) else theirs), field
+                assert getattr(a.config,
+                               field) == (tuple(theirs) if isinstance(theirs, list) else theirs), field
         a.set_timesteps(10)
         b.set_timesteps(10)
         assert relative(a.timesteps.double(), b.timesteps.double()) <= 1e-6
@@ -292,7 +301,8 @@ def test_from_config_across_samplers(source, target):
 
 @pytest.mark.parametrize("name", GRID)
 def test_config_files_both_ways(tmp_path, name):
-    ours, theirs = build(name, {"beta_schedule": "scaled_linear", "steps_offset": 1, "num_train_timesteps": 100})
+    ours, theirs = build(name, {"beta_schedule": "scaled_linear", "steps_offset": 1,
+                                "num_train_timesteps": 100})
     ours.save_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
     a = getattr(samplers, name).from_pretrained(tmp_path / "theirs")

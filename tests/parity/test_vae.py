@@ -45,10 +45,12 @@ def pair(seed, dtype=torch.float64, **changes):
     for parameter in theirs.parameters():  # the initial norms are 1 and 0: they would hide a mix-up
         torch.nn.init.normal_(parameter, std=0.3)
     ours = AutoencoderKL(**config).to(dtype)
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape
+                                                                  for k, v in theirs.state_dict().items()}
     assert list(ours.state_dict()) == list(theirs.state_dict())
     ours.load_state_dict(theirs.state_dict())
-    return ours.eval(), theirs.eval(), config  # in training upstream lays out memory differently: other rounding
+    # in training upstream lays out memory differently: other rounding
+    return ours.eval(), theirs.eval(), config
 
 
 def difference(ours, theirs):
@@ -83,7 +85,8 @@ def test_forward_and_gradients(sample_posterior):
         y = model(x, sample_posterior=sample_posterior, generator=generator).sample
         loss = y.square().mean() + model.encode(x).latent_dist.kl().mean()
         results.append((y, *torch.autograd.grad(loss, [x, *model.parameters()])))
-    scale = max(b.abs().max() for b in results[1][1:])  # some gradients vanish: a key's bias cancels in the softmax
+    # some gradients vanish: a key's bias cancels in the softmax
+    scale = max(b.abs().max() for b in results[1][1:])
     assert difference(results[0][0], results[1][0]) <= 1e-12
     assert all((a - b).abs().max() <= 1e-12 * scale for a, b in zip(*results))
 
@@ -118,7 +121,8 @@ def test_tiling_and_slicing(size, levels):
     x = torch.rand(2, config["in_channels"], *size, dtype=torch.float64)
     z = torch.randn(2, config["latent_channels"], size[0] // 2, size[1] // 2, dtype=torch.float64)
     with torch.no_grad():
-        assert difference(ours.encode(x).latent_dist.parameters, theirs.encode(x).latent_dist.parameters) <= 1e-12
+        assert difference(ours.encode(x).latent_dist.parameters,
+                          theirs.encode(x).latent_dist.parameters) <= 1e-12
         assert difference(ours.decode(z).sample, theirs.decode(z).sample) <= 1e-12
         ours.disable_tiling(), theirs.disable_tiling()
         assert difference(ours.decode(z).sample, theirs.decode(z).sample) <= 1e-12
@@ -132,7 +136,8 @@ def test_folders_both_ways(tmp_path):
     read_there = diffusers.AutoencoderKL.from_pretrained(tmp_path / "ours")
     assert read_here.config == ours.config
     for name, tensor in theirs.state_dict().items():
-        assert torch.equal(tensor, read_here.state_dict()[name]) and torch.equal(tensor, read_there.state_dict()[name])
+        assert torch.equal(tensor, read_here.state_dict()[name])
+        assert torch.equal(tensor, read_there.state_dict()[name])
     for name, value in read_here.config.to_dict().items():
         assert read_there.config[name] == value
 
@@ -167,4 +172,5 @@ def test_full_size_on_meta():
     with torch.device("meta"):
         ours, theirs = AutoencoderKL(**config), diffusers.AutoencoderKL(**config)
     assert ours.num_parameters() == theirs.num_parameters() == 83_653_863 and len(ours.state_dict()) == 248
-    assert [(k, v.shape) for k, v in ours.state_dict().items()] == [(k, v.shape) for k, v in theirs.state_dict().items()]
+    assert [(k, v.shape) for k, v in ours.state_dict().items()] == [(k, v.shape)
+                                                                    for k, v in theirs.state_dict().items()]

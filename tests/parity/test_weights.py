@@ -19,7 +19,8 @@ def tensors_of_every_dtype():
     generator = torch.Generator().manual_seed(0)
     known = [dtype for dtype in weights.DTYPES.values() if dtype in safetensors._TYPES.values()]
     tensors = {str(dtype): (torch.rand(3, 5, generator=generator) * 4).to(dtype) for dtype in known}
-    return {**tensors, "empty": torch.empty(0, 4), "scalar": torch.tensor(3.0), "漢\n字\"": torch.ones(2, 1, 2)}
+    return {**tensors, "empty": torch.empty(0, 4), "scalar": torch.tensor(3.0),
+            "漢\n字\"": torch.ones(2, 1, 2)}
 
 
 def same(ours, theirs):
@@ -41,12 +42,14 @@ def test_both_directions_and_the_very_bytes(tmp_path):
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
     same(safetensors.load_file(tmp_path / "ours.safetensors"), tensors)
     same(load_file(tmp_path / "theirs.safetensors"), tensors)
-    assert list(load_file(tmp_path / "theirs.safetensors")) == list(safetensors.load_file(tmp_path / "ours.safetensors"))
+    ours = load_file(tmp_path / "theirs.safetensors")
+    assert list(ours) == list(safetensors.load_file(tmp_path / "ours.safetensors"))
 
 
 def test_what_we_accept_the_library_accepts_and_reads_alike(tmp_path):
     rng = random.Random(3)
-    save_file({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.float16)}, tmp_path / "good.safetensors")
+    save_file({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.float16)},
+              tmp_path / "good.safetensors")
     whole = (tmp_path / "good.safetensors").read_bytes()
     path = tmp_path / "mutant.safetensors"
     path.write_bytes(whole)
@@ -106,6 +109,7 @@ def test_folders_written_by_transformers(tmp_path, variant, max_shard_size):
 def test_our_shards_open_in_diffusers(tmp_path, variant, max_shard_size):
     theirs = diffusers.AutoencoderKL(**VAE)
     theirs.save_config(tmp_path)
-    weights._save_shards(theirs.state_dict(), str(tmp_path), "diffusion_pytorch_model", variant, max_shard_size)
+    weights._save_shards(theirs.state_dict(), str(tmp_path), "diffusion_pytorch_model", variant,
+                         max_shard_size)
     again = diffusers.AutoencoderKL.from_pretrained(tmp_path, variant=variant)
     same(again.state_dict(), theirs.state_dict())

@@ -1,8 +1,9 @@
-"""What a folder of pictures holds, in a few lines to read before training: sizes, colours, captions, what is left out.
+"""What a folder of pictures holds, before training: sizes, colours, captions, what is left out.
 
-Read after: folder.py. Read before: train/train_diffusion.py.
-Cheap at any size: the names of all files are counted; of the pictures at most LOOK, evenly spaced, are opened, PIXELS
-decoded to see their colours and BYTES read to find copies. Nothing is drawn at random, no broken file raises.
+Read after folder.py; next train_diffusion.py.
+Cheap at any size: the names of all files are counted; of the pictures at most LOOK, evenly spaced, are
+opened, PIXELS decoded to see their colours and BYTES read to find copies. Nothing is drawn at random, and no
+broken file raises.
 """
 
 import hashlib
@@ -17,17 +18,20 @@ from typing import NamedTuple
 
 from PIL import Image, ImageChops
 
-from data.folder import FORMATS, SUFFIXES, _on_white
+from .image import FORMATS, SUFFIXES, on_white
 
 LOOK = 2_000                # pictures opened
 PIXELS = 24 * 2**20         # decoded to see whether they are in colour
 BYTES = 128 * 2**20         # read to find copies
 NAMES = 500_000             # files counted
-UNREAD = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".ico", ".pdf", ".eps", ".dng", ".cr2",
+UNREAD = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".ico", ".pdf", ".eps", ".dng",
+          ".cr2",
           ".cr3", ".nef", ".arw", ".orf", ".raf", ".raw"}   # pictures, but none that Pillow reads safely
 
 
 class Look(NamedTuple):
+    """What was seen of one file; `bytes` is its length."""
+
     file: str
     bytes: int
     width: int = 0          # 0: cannot be read
@@ -46,14 +50,17 @@ def summary(root, files: list[str], captions: dict[str, list[str]], size: int, c
     among = (f"; sizes, colours, copies and broken files are those of {count:,} of them, evenly spaced"
              if count < len(different) else "")
     lines = [*sizes(looks, size), *colours(looks, channels), *copies(looks, root), *broken(looks),
-             *left_out(Path(root), different), *(told(column, texts) for column, texts in captions.items())]
-    return [f"data: {pictures(len(different))}{rows}{among}", *("  " + " ".join(line.split()) for line in lines)]
+             *left_out(Path(root), different),
+             *(caption_counts(column, texts) for column, texts in captions.items())]
+    return [f"data: {pictures(len(different))}{rows}{among}",
+            *("  " + " ".join(line.split()) for line in lines)]
 
 
 def look(files: list[str]) -> list[Look]:
     """At each of them, and at their colours as long as PIXELS last."""
     left, looks = PIXELS, {}
-    for i in sorted(range(len(files)), key=lambda i: i * 0.618034 % 1):     # golden section: the first are spread out
+    # golden section: the first are spread out
+    for i in sorted(range(len(files)), key=lambda i: i * 0.618034 % 1):
         looks[i] = look_at(files[i], left)
         left -= looks[i].cost
     return [looks[i] for i in range(len(files))]
@@ -80,33 +87,38 @@ def look_at(file: str, pixels: int) -> Look:
 
 
 def in_colour(image: Image.Image) -> bool:
-    """Whether red, green and blue differ clearly in more than one pixel of a thousand: grey scans may be RGB."""
+    """Whether red, green and blue differ clearly in more than one pixel of a thousand: grey scans may be
+    RGB."""
     if image.mode in ("1", "L", "LA") or image.mode.startswith("I"):
         return False
     image.draft("RGB", (256, 256))              # a large JPEG is decoded smaller
-    red, green, blue = _on_white(image, 3).split()
+    red, green, blue = on_white(image, 3).split()
     apart = ImageChops.lighter(ImageChops.difference(red, green), ImageChops.difference(green, blue))
     return sum(apart.histogram()[32:]) > apart.width * apart.height / 1000
 
 
-# ---- the lines
+# -------------------------------------------------------------------------------------------------- the lines
 
 
 def sizes(looks: list[Look], size: int) -> Iterator[str]:
+    """The range of sizes in pixels; warns of images to be enlarged more than twice or longer than 2 : 1."""
     seen = [(p.width, p.height) for p in looks if p.width]
     if not seen:
         return
     least, most = min(seen, key=lambda s: s[0] * s[1]), max(seen, key=lambda s: s[0] * s[1])
     spread = f"{least[0]} x {least[1]}" + (f" to {most[0]} x {most[1]}" if most != least else "")
-    yield f"sizes: {spread}; read as {size} x {size}, all of each, with white at the sides"
+    sides = ", all of each, with white at the sides" if any(w != h for w, h in seen) else ""
+    yield f"sizes: {spread}; read as {size} x {size}{sides}"
     if small := sum(2 * max(s) < size for s in seen):
-        yield f"warning: {pictures(small)} to be enlarged more than twice, and so blurred; try a smaller --size"
+        yield (f"warning: {pictures(small)} to be enlarged more than twice, and so blurred; "
+               "try a smaller --size")
     if long := sum(max(s) > 2 * min(s) for s in seen):
-        yield (f"warning: {pictures(long)} with one side more than twice as long as the other: what the model "
-               "sees is mostly white; cut to what matters")
+        yield (f"warning: {pictures(long)} with one side more than twice as long as the other: what the "
+               "model sees is mostly white; cut to what matters")
 
 
 def colours(looks: list[Look], channels: int) -> Iterator[str]:
+    """How many are in colour and how many grey; warns where colours would be lost."""
     seen = [p.colour for p in looks if p.colour is not None]
     if not seen:
         return
@@ -117,6 +129,7 @@ def colours(looks: list[Look], channels: int) -> Iterator[str]:
 
 
 def copies(looks: list[Look], root) -> Iterator[str]:
+    """Warns of files that equal another; names the first three, relative to root."""
     twins = list(same_bytes(looks))
     if twins:
         pairs = [" = ".join(Path(file).relative_to(root).as_posix() for file in pair) for pair in twins[:3]]
@@ -143,6 +156,7 @@ def same_bytes(looks: list[Look]) -> Iterator[tuple[str, str]]:
 
 
 def broken(looks: list[Look]) -> Iterator[str]:
+    """Warns of files that cannot be read; names the first, with its problem."""
     if bad := [p for p in looks if p.problem]:
         yield f"warning: {pictures(len(bad))} cannot be read, the first: {bad[0].file} ({bad[0].problem})"
 
@@ -173,7 +187,7 @@ def _key(file: str) -> str:
     return unicodedata.normalize("NFC", os.path.normcase(os.path.normpath(file) if ".." in file else file))
 
 
-def told(column: str, texts: list[str]) -> str:
+def caption_counts(column: str, texts: list[str]) -> str:
     """How many captions, and which are the most and the least frequent."""
     (most, n), *_, (least, m) = [*(counts := Counter(texts).most_common()), *counts[-1:]]
     often = f"most often {short(most)} ({n:,}), least often {short(least)} ({m:,})"
@@ -182,8 +196,10 @@ def told(column: str, texts: list[str]) -> str:
 
 
 def pictures(n: int) -> str:
+    """1 picture, 1,585 pictures."""
     return f"{n:,} picture{'s' * (n != 1)}"
 
 
 def short(text: str) -> str:
+    """In quotes, cut to 40 characters."""
     return repr(text if len(text) <= 40 else text[:39] + "…")

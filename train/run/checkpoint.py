@@ -1,0 +1,88 @@
+"""Files that a kill cannot halve: checkpoints that are whole or not there,
+and the one that --resume goes on from.
+
+Read after state.py. Knows of a checkpoint only that it is a dict of tensors and plain values.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from miniclip.weights import WeightsError, atomic_write, read_pickle
+
+from ..errors import UserError
+
+PARTS = ("model", "optimizers", "ema", "step", "config")        # what a checkpoint of ours has at least
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Written beside its place, synced, and then moved there: a kill never leaves half a file under the good
+    name."""
+    try:
+        with atomic_write(path) as file:
+            torch.save(state, file)
+    except RuntimeError as error:           # what torch makes of a disk that is full
+        raise UserError(f"{path}: cannot be written: {str(error).splitlines()[0]}") from None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Tensors and plain values only; a pickle that would run code is refused,
+    and so is one with a changed byte."""
+    state = read_pickle(path)
+    try:
+        damaged = zipfile.ZipFile(path).testzip()
+    except Exception as error:              # zipfile raises nearly anything on a damaged archive
+        damaged = type(error).__name__
+    if damaged:
+        raise UserError(f"{path}: damaged, its checksums are wrong ({damaged})")
+    missing = [name for name in PARTS if not isinstance(state, dict) or name not in state]
+    if missing:
+        raise UserError(f"{path}: not a checkpoint of a training run (no {', '.join(missing)})")
+    return state
+
+
+class Checkpoints:
+    """The last `keep` checkpoints of a run (checkpoint.pt, the one before checkpoint.1.pt,
+    ...) and best.pt."""
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder = folder
+        self.arriving, self.best = folder / "checkpoint.new.pt", folder / "best.pt"
+        self.kept = [folder / (f"checkpoint.{i}.pt" if i else "checkpoint.pt") for i in range(keep)]
+
+    def save(self, state: dict[str, Any], best: bool) -> None:
+        """The older ones move only when the new one is whole and on the disk, so a kill never costs one."""
+        self.settle()
+        if best:
+            save_checkpoint(self.best, state)
+        save_checkpoint(self.arriving, state)
+        self.settle()
+
+    def settle(self) -> None:
+        """Moves every checkpoint one place on, if a new one has arrived: perhaps in an earlier life of the
+        run."""
+        if self.arriving.exists():
+            for younger, older in reversed(list(zip(self.kept, self.kept[1:]))):
+                if younger.exists():
+                    os.replace(younger, older)
+            os.replace(self.arriving, self.kept[0])
+
+    def load(self, say: Callable[[str], None]) -> dict[str, Any]:
+        """The newest that is whole; each that is not costs a line."""
+        older = sorted(self.folder.glob("checkpoint.[0-9]*.pt"),
+                       key=lambda path: int(path.name.split(".")[1]))
+        problem = f"there is no {self.kept[0]}"
+        for path in (self.arriving, self.kept[0], *older, self.best):
+            if path.exists():
+                try:
+                    return load_checkpoint(path)
+                except (UserError, WeightsError) as error:
+                    problem = str(error)
+                    say(f"warning: {problem}; trying the checkpoint before it")
+        raise UserError(f"--resume: {problem}")
