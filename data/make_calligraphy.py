@@ -299,8 +299,8 @@ def main(argv=None) -> int:
         return 0
     if args.out is None or not 8 <= args.size <= 1024 or args.common < 0:
         raise MakerError("--out: a folder is needed" if args.out is None else
-                        f"--size {args.size}: must be 8 to 1024" if args.common >= 0 else
-                        f"--common {args.common}: must not be negative")
+                         f"--size {args.size}: must be 8 to 1024" if args.common >= 0 else
+                         f"--common {args.common}: must not be negative")
     characters = list(dict.fromkeys("".join(args.characters.split())))
     if args.common:
         if args.fetch:

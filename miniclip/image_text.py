@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from miniclip.loss import cached_backward, contrastive_loss, floor, siglip_loss
 from miniclip.model import CLIPModel, normalize
 from miniclip.simple import SimpleCLIPConfig, SimpleCLIPModel
 from miniclip.tokenizer import CLIPTokenizer
-from miniclip.weights import WeightsError, read_json, write_json
+from miniclip.weights import WeightsError, is_texts, read_json, write_json
 from miniclip.wordpiece import BertTokenizer
 
 FILE = "matcher.json"       # beside the weights: the captions of training
@@ -188,11 +188,6 @@ def read_captions(path: Path) -> tuple[list[str], list[list[str]]]:
     return captions, spellings
 
 
-def is_texts(value: Any) -> bool:
-    """Whether a value read from JSON is a list of strings."""
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
-
-
 def find_spellings(columns: list[list[str]]) -> list[list[str]]:
     """Of captions, a list of N for each column, those that stand beside each other at the very same images.
 
@@ -237,10 +232,7 @@ def build_image_text(preset: Preset, size: int, captions: list[str], loss: str =
     """A fresh model for images of `size`: a tokenizer trained on the captions,
     both towers with random weights."""
     distinct = list(dict.fromkeys(captions))
-    words = [word for caption in distinct for word in caption.split()]
-    tokenizer = CLIPTokenizer.train(distinct + words, vocab_size=VOCABULARY)
-    longest = max(len(tokenizer.encode(caption)) for caption in distinct)
-    tokenizer.model_max_length = min(77, longest + SPARE_TOKENS)        # 77: what CLIP reads at most
+    tokenizer = CLIPTokenizer.of_captions(distinct, VOCABULARY, SPARE_TOKENS)
     text = CLIPTextConfig.for_tokenizer(
         tokenizer, hidden_size=preset.text_width, intermediate_size=4 * preset.text_width, hidden_act="gelu",
         num_hidden_layers=preset.text_layers, num_attention_heads=max(1, preset.text_width // HEAD_WIDTH))

@@ -429,6 +429,16 @@ class CLIPTokenizer(Tokenizer):
         return cls(build_vocab(merges), merges, model_max_length=model_max_length, **options)
 
     @classmethod
+    def of_captions(cls, captions: Iterable[str], vocab_size: int, spare: int = 0) -> CLIPTokenizer:
+        """Trained on captions and on their words alone. It reads as many tokens as the longest caption takes,
+        and `spare` more; 77 at most, which is what CLIP reads."""
+        captions = list(captions)
+        words = [word for caption in captions for word in caption.split()]
+        tokenizer = cls.train(captions + words, vocab_size)
+        tokenizer.model_max_length = min(77, spare + max(len(tokenizer.encode(text)) for text in captions))
+        return tokenizer
+
+    @classmethod
     def from_bpe_file(cls, path: str | os.PathLike, **options: Any) -> CLIPTokenizer:
         """Reads OpenAI's bpe_simple_vocab_16e6.txt.gz, or the same unpacked.
         options: those of the constructor."""

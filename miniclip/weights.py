@@ -84,6 +84,11 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     return _parse_json(raw.removeprefix(b"\xef\xbb\xbf"), path)
 
 
+def is_texts(value: Any) -> bool:
+    """Whether a value read from JSON is a list of strings."""
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
 def write_json(path: str | os.PathLike, values: dict[str, Any]) -> None:
     """Writes a JSON object, keys in the order given, UTF-8, atomically."""
     with atomic_write(path) as file:

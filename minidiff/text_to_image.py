@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from miniclip.config import CLIPTextConfig
 from miniclip.model import CLIPTextModel
 from miniclip.tokenizer import CLIPTokenizer
-from miniclip.weights import WeightsError, read_json, write_json
+from miniclip.weights import WeightsError, is_texts, read_json, write_json
 from minidiff.pil import to_pil
 from minidiff.samplers import DDIMScheduler, DDPMScheduler
 from minidiff.unet import UNet2DConditionModel
@@ -243,7 +243,7 @@ def read_format(path: Path) -> tuple[ImageFormat, list[str]]:
     numbers, captions = [values.get(name) for name in ImageFormat._fields], values.get("captions")
     if not all(type(n) is int and 0 < n <= MAX_SIDE for n in numbers):
         raise WeightsError(f"{path}: size, channels, fold = {numbers}, not small whole numbers")
-    if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+    if not is_texts(captions):
         raise WeightsError(f"{path}: captions is not a list of texts")
     return ImageFormat(*numbers), captions
 
@@ -292,10 +292,7 @@ def build_text_to_image(preset: Preset, format: ImageFormat, captions: list[str]
                         scheduler: DDPMScheduler | None = None) -> TextToImage:
     """A fresh model: a tokenizer trained on the captions, a text tower and a UNet with random weights."""
     distinct = list(dict.fromkeys(captions))
-    words = [word for caption in distinct for word in caption.split()]
-    tokenizer = CLIPTokenizer.train(distinct + words, vocab_size=VOCABULARY)
-    longest = max(len(tokenizer.encode(caption)) for caption in distinct)
-    tokenizer.model_max_length = min(77, longest)           # 77: what CLIP reads at most
+    tokenizer = CLIPTokenizer.of_captions(distinct, VOCABULARY)
     text = CLIPTextModel(CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=preset.text_width, intermediate_size=4 * preset.text_width,
         num_hidden_layers=preset.text_layers, num_attention_heads=max(1, preset.text_width // HEAD_WIDTH),

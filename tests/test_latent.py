@@ -94,7 +94,7 @@ LORA, FREEZE = {"lora": 2, "lr": 0.01}, {"freeze": "attn|resnets"}
 
 @pytest.mark.parametrize("kind,changes",
                          [("xl", {}), ("xl", LORA), ("xl", FREEZE), ("inpaint", {}), ("inpaint", LORA),
-                                          ("xl-inpaint", {})])
+                          ("xl-inpaint", {})])
 def test_a_run_ends_in_a_model_that_draws(tmp_path: Path, models: Path, data: Path, kind: str,
                                           changes: dict) -> None:
     """All weights, LoRA's or some; what stays is the same, byte for byte;

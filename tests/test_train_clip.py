@@ -139,7 +139,7 @@ def test_siglip(tmp_path, capsys):
 def test_it_says_when_nothing_is_learned():
     cfg, scores = config("x", warmup=2), {"image_to_text_R@1": 0.25, "text_to_image_R@1": 0.25,
                                           "image_to_text_chance": 0.25,
-                                        "text_to_image_chance": 0.125}
+                                          "text_to_image_chance": 0.125}
     assert "(chance 0.250 and 0.125)" in verdict(52, scores, 1.0, math.log(8), cfg)
     words = verdict(52, scores, math.log(8), math.log(8), cfg)
     assert "NOT LEARNING: the loss sits at 2.079, which is ln(batch)" in words

@@ -35,7 +35,7 @@ def run_state(seed: int = 0, **config) -> TrainState:
     scaler = torch.amp.GradScaler("cpu", enabled=True)
     return TrainState({"lr": 0.1, "out": "x", "resume": False, **config}, fingerprint(["a.png"], ["春"]),
                       model,
-                    EMA(model.parameters(), 0.9), [optimizer], scaler, torch.Generator().manual_seed(seed))
+                      EMA(model.parameters(), 0.9), [optimizer], scaler, torch.Generator().manual_seed(seed))
 
 
 def train(state: TrainState, steps: int) -> None:

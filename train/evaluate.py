@@ -4,7 +4,7 @@ Read after sample.py. Prints, and writes to RUN/evaluation.html:
 legible    share of samples that an independent judge (train/judge.py) names right: the character alone, with
            each hand, and at several strengths of guidance
 memory     distance of each sample to its nearest training image AFTER affine alignment, beside the distances
-           between the training pictures and those of jittered copies: plain pixel distance cannot progress a
+           between the training pictures and those of jittered copies: plain pixel distance cannot tell a
            shifted copy from a new picture
 control    how far seed, prompt and guidance move the picture, each changed alone
 Shapes: N samples, M training pictures, [N, 1, S, S] in [-1, 1].
@@ -57,8 +57,7 @@ def main(cfg: EvaluateConfig) -> None:
     model = TextToImage.load(model_folder(cfg.run)).to(pick_device(cfg.device))
     settings = read_json(folder / "config.json")
     data = CaptionedImages(cfg.data or settings["data"], size=model.format.size,
-                           channels=model.format.channels,
-                         caption_column=settings["caption_column"])
+                           channels=model.format.channels, caption_column=settings["caption_column"])
     parts, results = [], {}
     for measure in (legible, memory, control):
         measured, pieces = measure(model, data, cfg, folder)
@@ -70,7 +69,7 @@ def main(cfg: EvaluateConfig) -> None:
 
 
 def draw(model: TextToImage, prompts: list[str], cfg: EvaluateConfig, progress: Callable[[int], None],
-          guidance: float | None = None, seed: int = 0) -> Tensor:
+         guidance: float | None = None, seed: int = 0) -> Tensor:
     """One picture for each prompt, [N, C, S, S]. guidance: else that of cfg; seed: on top of that of cfg."""
     guidance = cfg.guidance if guidance is None else guidance
     pictures = model.sample(prompts, cfg.seed + seed, cfg.steps, guidance, batch=40)
@@ -169,9 +168,8 @@ def memory(model: TextToImage, data: CaptionedImages, cfg: EvaluateConfig,
     results = {f"aligned distance, {name}": d.median().item() for name, d in groups.items()}
     return results, [
         "<h2>Memory</h2><p>Distance after the best affine alignment. Samples as near as jittered copies "
-        "would be copies "
-        "of a training picture, as far as training pictures are from each other new ones; in between they "
-        "redraw.</p>", report.table(rows, ["", "median", "least", "most"]),
+        "would be copies of a training picture, as far as training pictures are from each other new ones; "
+        "in between they redraw.</p>", report.table(rows, ["", "median", "least", "most"]),
     ]
 
 

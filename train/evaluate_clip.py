@@ -76,8 +76,7 @@ def main(cfg: EvaluateConfig) -> None:
     names, relevant = answers(train, asked, columns, pool)
     things = asked.captions[0]
     facts = [f"{len(things)} pictures of {len(set(things))} things, {rows}; {len(names)} names to choose "
-             "from",
-            *list_broken(out, seen.broken)]
+             "from", *list_broken(out, seen.broken)]
     print("\n".join(facts))
 
     # ---- the answers
@@ -349,19 +348,19 @@ def by_chance(relevant: Relevant) -> dict[str, list[float]]:
     of_picture, of_name = relevant.counts()
     ways = {"image_to_text": (of_picture, len(of_name)),
             "text_to_image": (of_name[of_name > 0], len(of_picture))}
-    return {f"{way}_R@{k}": [chance_of_counts(right.tolist(), of, k)] for k in (1, 5)
+    return {f"{way}_R@{k}": [chance_of_counts(right.tolist(), of, k)] for k in RECALL_AT
             for way, (right, of) in ways.items()}
 
 
 # ---------------------------------------------------------------------------------------------------- telling
 
 
-HEADER = ["", *(f"{way}, R@{k}" for way in WAYS for k in (1, 5))]
+HEADER = ["", *(f"{way}, R@{k}" for way in WAYS for k in RECALL_AT)]
 
 
 def rows_of(scores: dict[str, dict]) -> list[list[str]]:
     """A line for each method: 0.512 [0.488, 0.537]."""
-    return [[name, *(written(found[f"{key}_R@{k}"]) for key in WAYS.values() for k in (1, 5))]
+    return [[name, *(written(found[f"{key}_R@{k}"]) for key in WAYS.values() for k in RECALL_AT)]
             for name, found in scores.items()]
 
 

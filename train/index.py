@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from miniclip.image_text import ImageTextModel
-from miniclip.weights import WeightsError, load_file, load_folder, read_json, save_file, write_json
+from miniclip.weights import (
+    WeightsError,
+    is_texts,
+    load_file,
+    load_folder,
+    read_json,
+    save_file,
+    write_json,
+)
 
 from .data.batches import readable
 from .data.image import SUFFIXES
@@ -44,7 +52,7 @@ class Index:
         lists, tensors = read_json(folder / "index.json"), load_file(folder / "embeddings.safetensors")
         files, captions, embeddings = lists.get("files"), lists.get("captions"), tensors.get("embeddings")
         for name, value in (("files", files), ("captions", captions)):
-            if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            if not is_texts(value):
                 raise WeightsError(f"{folder / 'index.json'}: {name} is not a list of texts")
         if embeddings is None or embeddings.ndim != 2 or not len(embeddings) == len(files) == len(captions):
             shape = None if embeddings is None else list(embeddings.shape)

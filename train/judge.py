@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from .data.augment import jitter
-from .data.image import SUFFIXES, read_image
+from .data.image import SUFFIXES, read_image, to_float
 from .data.table import list_captioned
 from .errors import UserError
 from .glyphs import NONE, SIZE, GlyphClassifier, classify_images, load_judge, save_judge
@@ -154,7 +154,7 @@ def train(model: GlyphClassifier, pictures: Tensor, labels: Tensor, cfg: JudgeCo
     for step in range(cfg.steps):
         parts = (cfg.batch, cfg.batch // 4, cfg.batch // 4)
         pick = torch.randint(len(labels), (sum(parts),), generator=g)
-        real, a, b = (pictures[pick].float() / 127.5 - 1).split(parts)
+        real, a, b = to_float(pictures[pick]).split(parts)
         x = augment(torch.cat([real, nothing(a, b, g)]), g)
         y = torch.cat([labels[pick[:cfg.batch]], torch.full([len(a)], len(model.names) - 1)])
         loss = F.cross_entropy(model(x), y, label_smoothing=0.05)
@@ -178,7 +178,7 @@ def measure(model: GlyphClassifier, pictures: Tensor, labels: Tensor, hands: Ten
             left_out: set[str]) -> dict:
     """What the judge gets right on new changes and on hands that it never saw; prints it, and returns it."""
     g = torch.Generator().manual_seed(987_654_321)      # no augmentation of the training
-    clean = pictures.float() / 127.5 - 1
+    clean = to_float(pictures)
     names = [model.names[i] for i in labels.tolist()]
     report = {}
     for index, style in enumerate(styles):
@@ -248,7 +248,7 @@ def classify(cfg: JudgeConfig) -> None:
         expected = [(path, cfg.expect) for path in flat]
     else:
         expected = [(entry.path, cfg.expect or entry.caption[0]) for entry in list_captioned(folder)]
-    pictures = torch.stack([read_image(path, SIZE, 1) for path, _ in expected]).float() / 127.5 - 1
+    pictures = to_float(torch.stack([read_image(path, SIZE, 1) for path, _ in expected]))
     names, probabilities = classify_images(model, pictures)
     right = 0
     for (path, wanted), name, p in zip(expected, names, probabilities.tolist(), strict=True):

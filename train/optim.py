@@ -88,6 +88,11 @@ def build_optimizers(model: nn.Module, name: str, lr: float, muon_lr: float) -> 
     return optimizers
 
 
+def parameter_count(model: nn.Module) -> int:
+    """How many numbers learn; frozen ones are not counted."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], step: int, steps: int, warmup: int) -> float:
     """Linear warm-up, then half a cosine down to LAST_RATE at the end: the fall is what cleans the strokes.
 

@@ -56,9 +56,8 @@ def main(cfg: SearchConfig) -> None:
     if cfg.pictures:
         build_index(model, cfg.pictures, folder, weights_of(source))
     index = Index.load(folder)
-    if index.weights is not None and index.weights != weights_of(source):
-        print(f"warning: {folder} was made with other weights than {source} has now: its answers mean "
-              f"little; index again with --pictures FOLDER --index {folder}", file=sys.stderr)
+    if not cfg.pictures:                            # else it was made just now
+        warn_of_other_weights(index, folder, source)
 
     if cfg.text:
         model.warn_long([cfg.text])
@@ -73,6 +72,13 @@ def main(cfg: SearchConfig) -> None:
     hits = best(index.embeddings, query, cfg.top)
     print_hits([(index.describe(i), score) for i, score in hits])
     save_hits([index.path(i) for i, _ in hits], Path(cfg.out or Path(cfg.run) / "hits.png"), model.size)
+
+
+def warn_of_other_weights(index: Index, folder: Path, model: Path) -> None:
+    """On stderr, if the model's weights are not those of the index; an older index tells none."""
+    if index.weights is not None and index.weights != weights_of(model):
+        print(f"warning: {folder} was made with other weights than {model} has now: its answers mean "
+              f"little; index again with --pictures FOLDER --index {folder}", file=sys.stderr)
 
 
 def best(embeddings: Tensor, query: Tensor, top: int) -> list[tuple[int, float]]:

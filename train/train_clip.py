@@ -42,7 +42,7 @@ from .data.table import NO_CAPTIONS
 from .errors import UserError
 from .index import index_files, save_index, weights_of
 from .lora import CLIP_PROJECTIONS, add_lora, merged, save_adapter
-from .optim import build_optimizers, set_learning_rate
+from .optim import build_optimizers, parameter_count, set_learning_rate
 from .pages import write_clip_report
 from .recall import evaluate, mean_recall, verdict
 from .run import distributed
@@ -131,7 +131,7 @@ def main(cfg: TrainConfig, dataset: Dataset | None = None) -> None:
         if run.is_save(step):
             run.save()
         if run.is_report(step):
-            write_clip_report(run, *data.shown, parameter_count(model))
+            write_clip_report(run, *data.shown, parameter_count(model.model))
         if run.is_over(step):
             break
 
@@ -241,7 +241,8 @@ def build_model(cfg: TrainConfig, data: Data, ranks: Ranks) -> ImageTextModel:
     """A fresh model or the one of --init, on its device, with what shall not learn frozen."""
     torch.manual_seed(cfg.seed)
     captions = [caption for column in data.train.captions for caption in column]
-    model = loaded_model(cfg, captions) if cfg.init else fresh_model(cfg, captions)
+    model = (loaded_model(cfg, captions) if cfg.init
+             else build_image_text(PRESETS[cfg.preset], cfg.size, captions, cfg.loss))
     model.spellings = find_spellings(data.train.captions)
     for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
         norm.momentum = NORM_MOMENTUM
@@ -256,10 +257,9 @@ def build_model(cfg: TrainConfig, data: Data, ranks: Ranks) -> ImageTextModel:
         compile_towers(model)
     if ranks.main:
         model.warn_long(model.captions)
-    machine = describe_machine(ranks.device) + (f", {ranks.size} processes" if ranks.size > 1 else "")
     ranks.print0(f"{len(data.train.files)} pictures, {len(set(data.train.captions[0]))} captions, "
-                 f"{sum(data.pairs.held_out)} pictures held out; {parameter_count(model):,} parameters; "
-                 f"{machine}")
+                 f"{sum(data.pairs.held_out)} pictures held out; {parameter_count(model.model):,} "
+                 f"parameters; {describe_machine(ranks.device, ranks.size)}")
     return model
 
 
@@ -270,11 +270,6 @@ def to_device(model: ImageTextModel, device: torch.device, shard: bool) -> None:
         model.criterion.to(device)
     else:
         model.to(device, memory_format=torch.channels_last)     # convolutions run faster so, on CPUs and GPUs
-
-
-def fresh_model(cfg: TrainConfig, captions: list[str]) -> ImageTextModel:
-    """The preset with random weights, and a tokenizer trained on the captions."""
-    return build_image_text(PRESETS[cfg.preset], cfg.size, captions, cfg.loss)
 
 
 def loaded_model(cfg: TrainConfig, captions: list[str]) -> ImageTextModel:
@@ -292,11 +287,6 @@ def loaded_model(cfg: TrainConfig, captions: list[str]) -> ImageTextModel:
         for p in module.parameters(recurse=False):
             p.requires_grad_(False)
     return model
-
-
-def parameter_count(model: ImageTextModel) -> int:
-    """How many numbers learn; SigLIP's bias is not counted."""
-    return sum(p.numel() for p in model.model.parameters() if p.requires_grad)
 
 
 def temperature(model: ImageTextModel) -> dict[str, float]:

@@ -38,7 +38,7 @@ from .errors import UserError
 from .latent import LatentTextToImage, load_pipeline
 from .lora import FILE as LORA_FILE
 from .lora import add_lora, merged, save_lora
-from .optim import build_optimizers, set_learning_rate
+from .optim import build_optimizers, parameter_count, set_learning_rate
 from .pages import SHOWN, write_diffusion_report
 from .run import distributed
 from .run.cli import changed, describe_machine, flag, parse_flags, pick_device, start
@@ -221,9 +221,8 @@ def build_model(cfg: TrainConfig, data: Data, ranks: Ranks) -> tuple[TextToImage
     if isinstance(model, LatentTextToImage):                # its images are encoded once for all
         key = f"{cfg.size}-{data.fingerprint['checksum']:08x}"
         data = data._replace(images=model.cache_latents(data.images, Path(cfg.out) / "cache", key))
-    machine = describe_machine(ranks.device) + (f", {ranks.size} processes" if ranks.size > 1 else "")
     ranks.print0(f"{len(data.captions)} pictures, {len(model.captions)} captions; "
-                 f"{parameter_count(model):,} parameters; {machine}")
+                 f"{parameter_count(model):,} parameters; {describe_machine(ranks.device, ranks.size)}")
     return model, data
 
 
@@ -252,11 +251,6 @@ def modules_to_shard(model: TextToImage) -> list[nn.Module]:
     """For FSDP, from the inside out. A latent model has its captions encoded, and needs no text encoder."""
     blocks = [m for m in model.unet.modules() if isinstance(m, (ResnetBlock2D, Transformer2DModel))]
     return [*blocks, model.unet, *([] if isinstance(model, LatentTextToImage) else [model.text_encoder])]
-
-
-def parameter_count(model: nn.Module) -> int:
-    """How many numbers learn; frozen ones are not counted."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 # -------------------------------------------------------------------------------------------- a training step

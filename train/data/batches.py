@@ -21,7 +21,7 @@ from miniclip.weights import atomic_write
 from ..errors import DataError
 from ..run.distributed import Ranks
 from .folder import CaptionedImages, Stream
-from .image import fitted, read_image
+from .image import fitted, read_image, to_float
 
 PREVIEW = 64            # images of a stream that evaluation looks at
 READ_AT_ONCE = 256      # images in memory where all of a folder are looked at
@@ -67,11 +67,6 @@ def draw_indices(n: int, batch: int, generator: torch.Generator) -> Tensor:
     """[batch]: whole shuffled rounds of n images first, so that each is seen equally often."""
     rounds = [torch.randperm(n, generator=generator) for _ in range(math.ceil(batch / n))]
     return torch.cat(rounds)[:batch]
-
-
-def to_float(pixels: Tensor) -> Tensor:
-    """uint8 -> float32 in -1..1, white being 1."""
-    return pixels.float() / 127.5 - 1
 
 
 def load_image(path: str | Path, size: int) -> Tensor:

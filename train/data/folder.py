@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..errors import DataError
-from .image import check_format, read_image
+from .image import check_format, read_image, to_float
 from .table import Captioned, list_captioned, list_indexed
 
 CACHE_BYTES = 1024 * 2**20      # decoded uint8 images that one CaptionedImages keeps
@@ -45,7 +45,7 @@ class CaptionedImages(torch.utils.data.Dataset):
         return len(self.entries)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
-        picture = self._bytes(range(len(self))[index]).float() / 127.5 - 1                   # [C, H, W]
+        picture = to_float(self._bytes(range(len(self))[index]))                             # [C, H, W]
         if self.jitter is not None:
             picture = self.jitter(picture[None])[0]
         return picture, self.captions[index]
@@ -67,7 +67,7 @@ class CaptionedImages(torch.utils.data.Dataset):
         if size > STACK_BYTES:
             raise DataError(f"{len(self)} pictures need {size} bytes at once, the limit is {STACK_BYTES}: "
                             "train with --stream")
-        return torch.stack([self._bytes(index) for index in range(len(self))]).float() / 127.5 - 1
+        return to_float(torch.stack([self._bytes(index) for index in range(len(self))]))
 
 
 class Stream(torch.utils.data.Dataset):

@@ -57,6 +57,11 @@ def fitted(image: Image.Image, size: tuple[int, int], channels: int, fit: str = 
     return torch.from_numpy(np.array(image)).reshape(*size, channels).permute(2, 0, 1).contiguous()
 
 
+def to_float(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 -> float32 in -1..1, white being 1."""
+    return pixels.float() / 127.5 - 1
+
+
 def check_format(size, channels: int, fit: str) -> tuple[int, int]:
     """Height and width. Raises DataError for a size, channels or fit that cannot be."""
     height, width = (size, size) if isinstance(size, int) else size

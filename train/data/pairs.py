@@ -96,7 +96,7 @@ def list_pairs(root: str, size: int, columns: list[str], hold_out: str = "", see
     wanted = [*columns, name] if equals else columns
     folders = [CaptionedImages(root, size=size, channels=3, caption_column=column,
                                index=index / f"index.{i}.json" if index else None)
-                               for i, column in enumerate(wanted)]
+               for i, column in enumerate(wanted)]
     captions = [folder.captions for folder in folders[:len(columns)]]
     files = [str(entry.path) for entry in folders[0].entries]
     if equals:

@@ -13,15 +13,16 @@ import io
 import json
 import os
 import unicodedata
-import uuid
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
+
+from miniclip.weights import WeightsError, atomic_write
 
 from ..errors import DataError
 from .image import SUFFIXES, read_bytes
 
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
-# of --help
+# columns that train_clip takes for no captions unless they are named
 NO_CAPTIONS = ("file", "image", "artist", "author", "licence", "license", "source", "url", "split", "id")
 MAX_CSV_BYTES = 64 * 2**20
 MAX_PICTURES = 1_000_000
@@ -208,14 +209,8 @@ def list_indexed(root: Path, caption_column: str, index: Path) -> list[Captioned
         pass                                            # not there yet, or damaged: made again
     pictures = list_captioned(root, caption_column)
     rows = [[p.path.relative_to(root).as_posix(), p.caption] for p in pictures]
-    # other processes write theirs
-    partial = index.with_name(f".{index.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        partial.write_text(json.dumps({"made_of": made_of, "pictures": rows}, ensure_ascii=False),
-                           encoding="utf-8")
-        os.replace(partial, index)
     # it only saves time: a full or read-only disk may do without
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+    with contextlib.suppress(WeightsError), atomic_write(index) as file:
+        text = json.dumps({"made_of": made_of, "pictures": rows}, ensure_ascii=False)
+        file.write(text.encode("utf-8"))
     return pictures

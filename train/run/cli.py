@@ -271,9 +271,12 @@ def model_folder(run: str) -> Path:
     return folder
 
 
-def describe_machine(device: torch.device) -> str:
+def describe_machine(device: torch.device, processes: int = 1) -> str:
     """In a few words, for the line that a run begins with."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return (f"{torch.get_num_threads()} CPU threads of {os.cpu_count()}" if device.type == "cpu"
-            else "Apple GPU")
+        name = torch.cuda.get_device_name(device)
+    elif device.type == "cpu":
+        name = f"{torch.get_num_threads()} CPU threads of {os.cpu_count()}"
+    else:
+        name = "Apple GPU"
+    return name + (f", {processes} processes" if processes > 1 else "")
