@@ -135,8 +135,8 @@ class BertTokenizer(Tokenizer):
             raise TokenizerError(f"{os.fspath(folder)}: no tokenizer found (looked for vocab.txt, "
                                  "tokenizer.json)")
         model = read_json(at("tokenizer.json")).get("model")
-        if not isinstance(model, dict) or model.get("type",
-                                                    "WordPiece") != "WordPiece" or "vocab" not in model:
+        is_model = isinstance(model, dict) and "vocab" in model
+        if not is_model or model.get("type", "WordPiece") != "WordPiece":
             raise TokenizerError(f"{at('tokenizer.json')}: model is not WordPiece with a vocab")
         return cls(model["vocab"], **options)
 

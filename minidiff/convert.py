@@ -248,8 +248,8 @@ def _layer_depths(downs: list[list[int]], ups: list[list[int]], mid: int) -> dic
     bottom = len(downs) - 1
     filled = [d if any(d) else [(mid if i == bottom else 0) or 1] for i, d in enumerate(downs)]
     down = [one_or_all(d) for d in filled]
-    if all(isinstance(d, int) for d in down) and all(set(u) <= {0, d}
-                                                     for u, d in zip(ups, down[::-1], strict=True)):
+    one_each = all(isinstance(d, int) for d in down)
+    if one_each and all(set(u) <= {0, d} for u, d in zip(ups, down[::-1], strict=True)):
         attending = {d for d, depths in zip(down, downs, strict=True) if any(depths)}
         attending |= {mid} if mid else set()
         return {"transformer_layers_per_block": attending.pop() if len(attending) == 1 else down}

@@ -1,8 +1,8 @@
-"""StableDiffusionPipeline: text to image, image to image and inpainting, for SD 1, SD 2,
-SDXL and their variants.
+"""StableDiffusionPipeline: text to image, image to image and inpainting, for SD 1, SD 2, SDXL and variants.
 
-Read last: it only puts the parts together. Papers: Rombach 2022; Ho 2022 (classifier-free guidance, eq.
-6); Podell 2023 (SDXL); Meng 2022 (image to image); Lin 2023, section 3.4 (guidance rescale); Luo 2023 (LCM).
+Read last: it only puts the parts together.
+Papers: Rombach 2022; Ho 2022 (classifier-free guidance, eq. 6); Podell 2023 (SDXL); Meng 2022 (image to
+image); Lin 2023, section 3.4 (guidance rescale); Luo 2023 (LCM).
 Mirrors: diffusers' pipelines/stable_diffusion and stable_diffusion_xl, their nine classes as one.
 No safety checker.
 Shapes: B pictures, C = 3 colours, H W their size; L latent channels of h = H/f, w = W/f;
@@ -263,8 +263,8 @@ class StableDiffusionPipeline:
         elif picture is not None:
             x, known = self._noised(picture, timesteps, batch, generator, c.text), None
         else:
-            x, known = self._noise(latents, batch, height, width, generator,
-                                   c.text) * self.scheduler.init_noise_sigma, None
+            x = self._noise(latents, batch, height, width, generator, c.text)
+            x, known = x * self.scheduler.init_noise_sigma, None
 
         accepted = inspect.signature(self.scheduler.step).parameters
         extra = {k: v for k, v in (("eta", eta), ("generator", generator)) if k in accepted}

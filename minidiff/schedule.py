@@ -85,8 +85,8 @@ def scaled_linear(c: ScheduleConfig) -> Tensor:
 
 def sigmoid(c: ScheduleConfig) -> Tensor:
     """beta rises as a sigmoid from about beta_start to about beta_end."""
-    return torch.sigmoid(torch.linspace(-6, 6,
-                                        c.num_train_timesteps)) * (c.beta_end - c.beta_start) + c.beta_start
+    rise = torch.sigmoid(torch.linspace(-6, 6, c.num_train_timesteps))
+    return rise * (c.beta_end - c.beta_start) + c.beta_start
 
 
 def betas_of(alpha_bar: Callable[[float], float], T: int, max_beta: float = 0.999) -> Tensor:

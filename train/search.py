@@ -51,8 +51,8 @@ def main(cfg: SearchConfig) -> None:
         raise UserError("give either --text or --image")
     source = model_folder(cfg.run)
     model = ImageTextModel.load(source).to(pick_device(cfg.device))
-    folder = Path(cfg.index or Path(cfg.run) / (f"index-{Path(cfg.pictures).name}" if cfg.pictures
-                                                else "index"))
+    name = f"index-{Path(cfg.pictures).name}" if cfg.pictures else "index"
+    folder = Path(cfg.index or Path(cfg.run) / name)
     if cfg.pictures:
         build_index(model, cfg.pictures, folder, weights_of(source))
     index = Index.load(folder)

@@ -227,8 +227,7 @@ class EulerBase(SigmaScheduler):
 
     def _at(self, timestep: Tensor | float) -> int:
         """The place in the walk; a whole number is refused, since it may be meant as an index."""
-        whole = isinstance(timestep, int) or (isinstance(timestep, Tensor)
-                                              and not timestep.is_floating_point())
-        if whole:
+        whole_tensor = isinstance(timestep, Tensor) and not timestep.is_floating_point()
+        if isinstance(timestep, int) or whole_tensor:
             raise ValueError(f"timestep {timestep} is a whole number: pass an entry of scheduler.timesteps")
         return self._start(timestep)

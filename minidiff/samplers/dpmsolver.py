@@ -74,8 +74,8 @@ class DPMSolverMultistepConfig(ScheduleConfig):
             if value not in known:
                 raise ConfigError(f"{name} = {value!r} is not one of {', '.join(known)}")
             object.__setattr__(self, name, value)
-        if self.solver_order not in (1, 2, 3) or (self.solver_order == 3
-                                                  and self.algorithm_type == "sde-dpmsolver"):
+        orders = (1, 2) if self.algorithm_type == "sde-dpmsolver" else (1, 2, 3)
+        if self.solver_order not in orders:
             raise ConfigError(f"solver_order = {self.solver_order} is not one that {self.algorithm_type} has")
         if not self.algorithm_type.endswith("++") and self.final_sigmas_type == "zero":
             raise ConfigError(f"algorithm_type = {self.algorithm_type!r} needs final_sigmas_type = "

@@ -73,8 +73,8 @@ class LCMScheduler(Scheduler):
         if timesteps is None:
             original = (self.config.original_inference_steps if original_inference_steps is None
                         else original_inference_steps)
-            chosen, self.num_inference_steps = self._choose(num_inference_steps, original,
-                                                            strength), num_inference_steps
+            chosen = self._choose(num_inference_steps, original, strength)
+            self.num_inference_steps = num_inference_steps
         else:
             if any(b >= a for a, b in zip(timesteps, timesteps[1:], strict=False)):
                 raise ValueError(f"timesteps must be in descending order, got {list(timesteps)[:8]}")

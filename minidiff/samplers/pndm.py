@@ -1,7 +1,7 @@
 """PNDM: a linear multistep method along the path of DDIM. What Stable Diffusion 1 ships.
 
-Read after ddim.py. Paper: Liu 2022 (PNDM): eq. 9 is `_transfer`, eq. 12 the four-step rule, eq.
-13 the Runge-Kutta start. Mirrors: diffusers' scheduling_pndm.py.
+Read after ddim.py. Paper: Liu 2022 (PNDM): eq. 9 is `_transfer`, eq. 12 the four-step rule, eq. 13 the
+Runge-Kutta start. Mirrors: diffusers' scheduling_pndm.py.
 Stable Diffusion skips the Runge-Kutta start (`skip_prk_steps`): the first two steps are then an Euler step
 and its correction, so n steps evaluate the model n + 1 times.
 Shapes: x_t, eps all [B, C, H, W] or any other; t a number.
@@ -84,8 +84,8 @@ class PNDMScheduler(Scheduler):
     def step_prk(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor]:
-        """One of the four evaluations of a Runge-Kutta step (Liu 2022, eq.
-        13), weights 1/6, 1/3, 1/3, 1/6."""
+        """One of the four evaluations of a Runge-Kutta step (Liu 2022, eq. 13),
+        weights 1/6, 1/3, 1/3, 1/6."""
         stage = self.counter % 4
         t_prev = int(timestep) - (0 if self.counter % 2 else self._stride() // 2)
         t = self.prk_timesteps[self.counter - stage]
@@ -104,8 +104,8 @@ class PNDMScheduler(Scheduler):
     def step_plms(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor]:
-        """One step of the Adams-Bashforth rule on the last four outputs (Liu 2022, eq.
-        12), fewer at the start."""
+        """One step of the Adams-Bashforth rule on the last four outputs (Liu 2022, eq. 12),
+        fewer at the start."""
         if not self.config.skip_prk_steps and len(self.ets) < 3:
             raise ValueError("step_plms comes after the 12 evaluations of the Runge-Kutta start (step_prk)")
         t, x, eps = int(timestep), sample, model_output
