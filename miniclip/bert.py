@@ -65,7 +65,8 @@ class BertConfig(Config):
         "pooler_num_fc_layers pooler_size_per_head pooler_type classifier_dropout projection_dim".split()
     )
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Heads divide the width; the activation is known."""
         _check(self.hidden_size, self.num_attention_heads, self.hidden_act)
 
 
@@ -94,7 +95,8 @@ class DistilBertConfig(Config):
         "bos_token_id eos_token_id qa_dropout seq_classif_dropout tie_weights_".split()
     )
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Heads divide the width; the activation is known."""
         _check(self.dim, self.n_heads, self.activation)
 
     @property
@@ -119,7 +121,8 @@ class ChineseCLIPConfig(CLIPConfig):
     inert: ClassVar[dict[str, tuple]] = {**GENERIC_INERT, "model_type": ("chinese_clip",)}
     metadata: ClassVar[frozenset[str]] = CLIPConfig.metadata | {"initializer_range"}
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Both towers are configs."""
         for name, kind in (("text_config", BertConfig), ("vision_config", CLIPVisionConfig)):
             value = getattr(self, name)
             if not isinstance(value, kind):

@@ -19,9 +19,19 @@ class ConfigError(ValueError):
     """A config that cannot be honoured; the one-line message names the source, the field and the value."""
 
 
+class FrozenDict(dict):
+    """A dict that is complete once it is made."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError(f"{type(self).__name__} cannot be changed; dataclasses.replace makes a changed copy")
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
+
+
 @dataclass(frozen=True)
-class Config:
-    """Base of all configs. Reads like upstream's: `config.name`, `config["name"]`, `dict(config)`.
+class Config(FrozenDict):
+    """Base of all configs. Reads like upstream's: `config.name`, `config["name"]`, `dict(config)`; diffusers'
+    `from_config` takes it.
 
     `inert` lists upstream's fields that we leave out, each with the values under which it does nothing;
     any other value raises. That table is the documentation of what is missing. `metadata` lists upstream's
@@ -30,6 +40,16 @@ class Config:
 
     inert: ClassVar[dict[str, tuple]] = {}
     metadata: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        self.check()
+        dict.update(self, {f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+
+    def check(self) -> None:
+        """Hook: raises ConfigError for values that do not fit together."""
+
+    def __reduce__(self) -> tuple:              # for copies and pickles, which fill a dict by its keys
+        return _restored, (type(self), vars(self).copy(), dict(self))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "config") -> Config:
@@ -62,21 +82,12 @@ class Config:
         """A JSON-ready dict of all fields, tuples as lists, nested configs as dicts."""
         return {f.name: _lists(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
-    def __getitem__(self, name: str) -> Any:
-        if name not in self.keys():
-            raise KeyError(name)
-        return getattr(self, name)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.keys()
-
-    def keys(self) -> list[str]:
-        """Field names in order; with them `dict(config)` works."""
-        return [f.name for f in dataclasses.fields(self)]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """A field's value, or `default` where this config has no such field."""
-        return getattr(self, name) if name in self.keys() else default
+def _restored(kind: type[Config], attributes: dict[str, Any], entries: dict[str, Any]) -> Config:
+    config = kind.__new__(kind)
+    vars(config).update(attributes)
+    dict.update(config, entries)
+    return config
 
 
 def _tuples(value: Any) -> Any:
@@ -184,7 +195,8 @@ class CLIPTextConfig(Config):
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         return cls(**{**given, **ids, **sizes})
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Heads divide the width; the activation is known."""
         _check_tower(self)
 
 
@@ -217,7 +229,8 @@ class CLIPVisionConfig(Config):
             return CLIPConfig.from_dict(values, source).vision_config
         return super().from_dict(values, source)
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Heads divide the width; the activation is known."""
         _check_tower(self)
         if not 0 < self.patch_size <= self.image_size:
             raise ConfigError(f"patch_size = {self.patch_size} does not fit into image_size = "
@@ -237,7 +250,8 @@ class CLIPConfig(Config):
     inert: ClassVar[dict[str, tuple]] = {**GENERIC_INERT, "model_type": ("clip",)}
     metadata: ClassVar[frozenset[str]] = GENERIC_METADATA | {"bos_token_id", "eos_token_id", "pad_token_id"}
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Both towers are configs."""
         for name, kind in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
             value = getattr(self, name)
             if not isinstance(value, kind):
@@ -289,7 +303,8 @@ class CLIPResNetConfig(Config):
     inert: ClassVar[dict[str, tuple]] = {"model_type": ("clip_resnet",)}
     metadata: ClassVar[frozenset[str]] = GENERIC_METADATA
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """The text tower is a config; the side is one that the ResNet can halve five times."""
         if not isinstance(self.text_config, CLIPTextConfig):
             object.__setattr__(self, "text_config",
                                CLIPTextConfig.from_dict(self.text_config or {}, "text_config"))

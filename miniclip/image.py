@@ -196,7 +196,8 @@ class CLIPImageProcessor(Config):
         "input_data_format device return_tensors disable_grouping image_seq_length".split()
     )
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Sizes are whole numbers of pixels; the named choices exist."""
         if isinstance(self.size, int):
             object.__setattr__(self, "size", {"shortest_edge": self.size})
         if isinstance(self.crop_size, int):

@@ -5,44 +5,31 @@ Read when you meet it; nothing comes before. Mirrors: transformers' and diffuser
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 
 @dataclass
-class ModelOutput:
-    """Read a field as `out.name`, `out["name"]` or `out[0]`; fields that are None do not count as present."""
+class ModelOutput(dict):
+    """Read a field as `out.name`, `out["name"]` or `out[0]`; pass all as `**out`.
 
-    def keys(self) -> list[str]:
-        """Names of the fields that are not None, in order."""
-        return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
+    It is the dict of its fields, in order, but for those that are None: they are attributes only, and take no
+    place. Setting an attribute sets the entry, and the other way round.
+    """
 
-    def values(self) -> list[Any]:
-        """The fields that are not None, in order."""
-        return [getattr(self, name) for name in self.keys()]
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if value is None:
+            self.pop(name, None)
+        else:
+            super().__setitem__(name, value)
 
-    def items(self) -> list[tuple[str, Any]]:
-        """(name, value) of the fields that are not None."""
-        return [(name, getattr(self, name)) for name in self.keys()]
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self, name, value)
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
 
     def to_tuple(self) -> tuple:
         """The present fields in order, nested outputs as tuples: what `return_dict=False` returns."""
         return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
-
-    def __getitem__(self, key: int | slice | str) -> Any:
-        if not isinstance(key, str):
-            return tuple(self.values())[key]
-        if key not in self.keys():
-            raise KeyError(key)
-        return getattr(self, key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.keys()
-
-    def __len__(self) -> int:
-        return len(self.keys())

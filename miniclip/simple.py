@@ -46,7 +46,8 @@ class SimpleCLIPConfig(Config):
     inert: ClassVar[dict[str, tuple]] = {"model_type": ("simple_clip",)}
     metadata: ClassVar[frozenset[str]] = frozenset({"architectures", "torch_dtype"})
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """The text encoder exists; its config is of its kind."""
         kinds = {"clip": CLIPTextConfig, "distilbert": DistilBertConfig}
         if self.text_encoder not in kinds:
             raise ConfigError(f"text_encoder = {self.text_encoder!r} is not one of {', '.join(kinds)}")

@@ -33,6 +33,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from miniclip.config import Config, ConfigError
+from miniclip.habits import (
+    LOADING_IDLE,
+    LOADING_REFUSED,
+    SAVING_IDLE,
+    SAVING_REFUSED,
+    LeftOut,
+    settle,
+)
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
 MAX_JSON_BYTES = 32 * 2**20  # config and index files
@@ -590,7 +598,7 @@ def _class_named(values: dict[str, Any]) -> str | None:
     return _short(name)[1:-1] if isinstance(name, str) else None
 
 
-class ModelFolder:
+class ModelFolder(LeftOut):
     """Mixin for nn.Modules that live in a folder: `config.json` beside the weights, as upstream writes it.
 
     A subclass sets `config_class`, takes a config as its constructor's first argument,
@@ -614,15 +622,19 @@ class ModelFolder:
         subfolder: str | None = None,
         variant: str | None = None,
         torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        **habits: Any,
     ):
         """Reads a model from a local folder; returns it in eval mode, on the CPU.
 
-        torch_dtype: e.g. torch.float16 or "float16". None gives float32 whatever the file holds,
-        as upstream does.
+        dtype: e.g. torch.float16 or "float16"; torch_dtype is its older name. None gives float32 whatever
+        the file holds, as diffusers does.
+        habits: upstream's other options, which do nothing here or raise; see habits.py.
         Raises WeightsError, or ConfigError from the config;
         never returns a model with a tensor left unfilled.
         """
-        dtype = _dtype(torch_dtype)
+        settle(f"{cls.__name__}.from_pretrained", habits, LOADING_IDLE, LOADING_REFUSED)
+        dtype = _dtype(torch_dtype if dtype is None else dtype)
         folder = os.path.join(_name(folder), subfolder) if subfolder else _name(folder)
         source = os.path.join(folder, "config.json")
         values = read_json(source)
@@ -656,11 +668,15 @@ class ModelFolder:
         return {"_class_name": type(self).__name__, "_diffusers_version": "0.30.0", **self.config.to_dict()}
 
     def save_pretrained(
-        self, folder: str | os.PathLike, variant: str | None = None, max_shard_size: int = 10 * 10**9
+        self, folder: str | os.PathLike, variant: str | None = None,
+        max_shard_size: int | str = 10 * 10**9, safe_serialization: bool = True, **habits: Any
     ) -> None:
-        """Writes config.json and the weights, in files of at most `max_shard_size` bytes.
+        """Writes config.json and the weights, in files of at most `max_shard_size` bytes (or "5GB").
         Upstream reads the folder."""
-        folder = _name(folder)
+        settle(f"{type(self).__name__}.save_pretrained", habits, SAVING_IDLE, SAVING_REFUSED)
+        if not safe_serialization:
+            raise ValueError("safe_serialization = False: weights are written as safetensors only")
+        folder, max_shard_size = _name(folder), _bytes(max_shard_size)
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
@@ -681,6 +697,15 @@ class ModelFolder:
     def device(self) -> torch.device:
         """Where the first parameter is; the CPU for a model without any."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+
+def _bytes(size: int | str) -> int:
+    """"5GB", "200MiB" or a number, as a number of bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", str(size).upper())
+    if match is None:
+        raise ValueError(f"max_shard_size = {size!r} is no number of bytes, nor like '5GB'")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit or " "))
 
 
 def _dtype(chosen: torch.dtype | str | None) -> torch.dtype:

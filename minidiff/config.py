@@ -77,7 +77,8 @@ class UNet2DConditionConfig(Config):
         "addition_embed_type_num_heads": (64, None),
     }
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Blocks exist, lists have an entry for each level, numbers divide."""
         levels = len(self.down_block_types)
         _known("down_block_types", self.down_block_types, DOWN_ATTENDS)
         _known("up_block_types", self.up_block_types, UP_ATTENDS)

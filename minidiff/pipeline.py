@@ -577,8 +577,7 @@ def _latent_scheduler(scheduler: Scheduler) -> Scheduler:
         mended["steps_offset"] = 1
     if config.get("clip_sample", False):
         mended["clip_sample"] = False
-    return type(scheduler).from_config({**config.to_dict(), **config.given,
-                                        **mended}) if mended else scheduler
+    return type(scheduler)(config.mended(**mended)) if mended else scheduler
 
 
 def _class_of(name: Any, classes: dict[str, Any], source: str) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -39,7 +39,12 @@ FAMILY_FIELDS = frozenset("""
 
 @dataclass(frozen=True)
 class ScheduleConfig(Config):
-    """Fields common to all samplers. `given` remembers what was set explicitly: defaults do not travel."""
+    """Fields common to all samplers.
+
+    Which of them were given and which are defaults stays apart, because only what was given travels into
+    another sampler. As in upstream's config, the entry `_use_default_values` lists the defaults, and fields
+    of other samplers are entries, though no attributes.
+    """
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001
@@ -48,21 +53,46 @@ class ScheduleConfig(Config):
     trained_betas: tuple[float, ...] | None = None
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
 
-    given: ClassVar[dict[str, Any]]
-
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "scheduler") -> ScheduleConfig:
-        """Strict as Config.from_dict, but fields of other samplers pass, unread, and stay in `given`."""
+        """Strict as Config.from_dict, but fields of other samplers pass, unread, and stay entries."""
+        defaults = values.get("_use_default_values", ())
+        given = {k: plain(v) for k, v in values.items() if not k.startswith("_") and k not in defaults}
         own = {f.name for f in fields(cls)} | set(cls.inert)
-        foreign = {k: v for k, v in values.items() if k in FAMILY_FIELDS - own}
-        config = super().from_dict({k: v for k, v in values.items() if k not in foreign}, source)
-        given = {k: v for k, v in values.items() if not k.startswith("_")}
-        object.__setattr__(config, "given", given)  # not a field: two configs with equal fields stay equal
+        config = super().from_dict({k: v for k, v in given.items() if k in own or k not in FAMILY_FIELDS},
+                                   source)
+        config._remember(given)
         return config
 
     def __post_init__(self) -> None:
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        object.__setattr__(self, "given", changed)      # of a config built directly; from_dict knows better
+        super().__post_init__()
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        self._remember({f.name: values[f.name] for f in fields(self) if values[f.name] != f.default})
+
+    def _remember(self, given: dict[str, Any]) -> None:
+        own = [f.name for f in fields(self)]
+        dict.update(self, {name: value for name, value in given.items() if name not in own})
+        dict.update(self, _use_default_values=[name for name in own if name not in given])
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What was set explicitly, fields of other samplers included: all that another sampler takes over."""
+        defaults = self["_use_default_values"]
+        return {k: v for k, v in self.items() if not k.startswith("_") and k not in defaults}
+
+    def mended(self, **changes: Any) -> ScheduleConfig:
+        """A copy with other values, in which defaults are still defaults."""
+        own = [f.name for f in fields(self)]
+        copy = replace(self, **{name: value for name, value in changes.items() if name in own})
+        copy._remember({**self.given, **{k: v for k, v in changes.items() if k in self.given}})
+        return copy
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, JSON-ready, and the fields of other samplers that were given."""
+        return {**super().to_dict(), **{k: v for k, v in self.given.items() if not hasattr(self, k)}}
+
+    def check(self) -> None:
+        """The schedule exists and has T entries."""
         if self.num_train_timesteps < 1:
             raise ConfigError(f"num_train_timesteps = {self.num_train_timesteps} must be at least 1")
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
@@ -71,6 +101,11 @@ class ScheduleConfig(Config):
         if self.trained_betas is None and self.beta_schedule not in BETA_SCHEDULES:
             raise ConfigError(f"beta_schedule = {self.beta_schedule!r} is not one of "
                               f"{', '.join(BETA_SCHEDULES)}")
+
+
+def plain(value: Any) -> Any:
+    """A numpy array or number as Python's own; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def linear(c: ScheduleConfig) -> Tensor:
@@ -233,7 +268,7 @@ class Scheduler:
     def __init__(self, config: ScheduleConfig | None = None, **fields: Any):
         self.config = config or self.config_class.from_dict(fields, type(self).__name__)
         self.betas = betas(self.config)
-        if self.config.get("rescale_betas_zero_snr"):
+        if getattr(self.config, "rescale_betas_zero_snr", False):
             self.betas = rescale_zero_terminal_snr(self.betas)
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
@@ -243,8 +278,9 @@ class Scheduler:
     @classmethod
     def from_config(cls, config: ScheduleConfig | dict[str, Any], **overrides: Any) -> Scheduler:
         """A sampler from another sampler's config; only what was set explicitly there is taken over."""
-        values = config.given if isinstance(config, ScheduleConfig) else dict(config)
-        return cls(cls.config_class.from_dict({**values, **overrides}, cls.__name__))
+        defaults = config.get("_use_default_values", ())
+        given = {k: v for k, v in config.items() if not k.startswith("_") and k not in defaults}
+        return cls(cls.config_class.from_dict({**given, **overrides}, cls.__name__))
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, subfolder: str = "", **overrides: Any) -> Scheduler:

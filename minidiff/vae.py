@@ -57,7 +57,8 @@ class AutoencoderKLConfig(Config):
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Block types, counts and groups fit the channels."""
         levels = len(self.block_out_channels)
         for name, known in (("down_block_types", "DownEncoderBlock2D"),
                             ("up_block_types", "UpDecoderBlock2D")):

@@ -26,8 +26,9 @@ FILES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="u
 MAY_IMPORT = {"miniclip": {"miniclip"}, "minidiff": {"miniclip", "minidiff"}, "data": {"data"},
               "train": {"miniclip", "minidiff", "train"}}
 HEAVY = {"torchvision", "PIL", "numpy"}             # only where an image is read, in the two packages
-UNET_ALONE = ("miniclip/config.py", "miniclip/output.py", "miniclip/weights.py", "minidiff/config.py",
-              "minidiff/embeddings.py", "minidiff/resnet.py", "minidiff/attention.py", "minidiff/unet.py")
+UNET_ALONE = ("miniclip/config.py", "miniclip/output.py", "miniclip/habits.py", "miniclip/weights.py",
+              "minidiff/config.py", "minidiff/embeddings.py", "minidiff/resnet.py", "minidiff/attention.py",
+              "minidiff/unet.py")
 
 
 def imports(path: str, tree: ast.AST) -> list[tuple[str, list[str]]]:

@@ -116,9 +116,9 @@ class SigmaScheduler(Scheduler):
     def __init__(self, config: ScheduleConfig | None = None, **fields: Any):
         super().__init__(config, **fields)
         spacings = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-        if sum(bool(self.config.get(name)) for name in spacings) > 1:
+        if sum(bool(getattr(self.config, name, False)) for name in spacings) > 1:
             raise ConfigError(f"only one of {', '.join(spacings)} can be used")
-        if self.config.get("rescale_betas_zero_snr"):
+        if getattr(self.config, "rescale_betas_zero_snr", False):
             self.alphas_cumprod[-1] = 2**-24  # not 0, so that the first sigma is finite (2^12)
         # sqrt((1 - alpha_bar) / alpha_bar) for t = 0 .. T-1
         self.train_sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5
@@ -160,8 +160,8 @@ class SigmaScheduler(Scheduler):
         """n levels between the ends of `levels` in the spacing that the config names;
         None if it names none."""
         c, high, low = self.config, levels[0], levels[-1]
-        high = high if c.get("sigma_max") is None else c.sigma_max
-        low = low if c.get("sigma_min") is None else c.sigma_min
+        high = high if getattr(c, "sigma_max", None) is None else c.sigma_max
+        low = low if getattr(c, "sigma_min", None) is None else c.sigma_min
         if c.use_karras_sigmas:
             return karras_sigmas(high, low, n)
         if c.use_exponential_sigmas:

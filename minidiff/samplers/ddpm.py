@@ -25,7 +25,7 @@ from minidiff.schedule import Generators, ScheduleConfig, Scheduler, randn, spac
 class DDPMConfig(ScheduleConfig):
     """Fields and defaults of diffusers' DDPMScheduler."""
 
-    variance_type: str = "fixed_small"          # any unknown name means fixed_small, as upstream
+    variance_type: str | None = "fixed_small"   # any unknown name means fixed_small, as upstream
     # clip x0 at every step: for pictures in [-1, 1], not for latents
     clip_sample: bool = True
     thresholding: bool = False                  # dynamic thresholding instead

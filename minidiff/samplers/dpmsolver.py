@@ -58,8 +58,7 @@ class DPMSolverMultistepConfig(ScheduleConfig):
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
     # leave out the noisiest timesteps (-5.1 for the cosine schedule)
     lambda_min_clipped: float = -math.inf
-    # the model also predicts a variance: ignored
-    variance_type: Literal["learned", "learned_range"] | None = None
+    variance_type: str | None = None            # learned, learned_range: the model also predicts it; not used
     timestep_spacing: Literal["linspace", "leading", "trailing"] = "linspace"
     steps_offset: int = 0
     rescale_betas_zero_snr: bool = False
@@ -67,8 +66,9 @@ class DPMSolverMultistepConfig(ScheduleConfig):
     inert: ClassVar[dict[str, tuple]] = {"use_dynamic_shifting": (False,),
                                          "time_shift_type": ("exponential",)}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """The kind of solver exists, and has the order asked for."""
+        super().check()
         for name, known in (("algorithm_type", tuple(RULES)), ("solver_type", ("midpoint", "heun"))):
             value = ALIASES.get(getattr(self, name), getattr(self, name))
             if value not in known:
@@ -246,7 +246,7 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
         """The model's prediction as x0 (the ++ kinds) or as eps, whatever it predicts."""
         c, output = self.config, model_output
         alpha_t, sigma_t = self.alpha_sigma(self.sigmas[self.step_index])
-        if c.prediction_type == "epsilon" and c.variance_type is not None:
+        if c.prediction_type == "epsilon" and c.variance_type in ("learned", "learned_range"):
             output = output[:, :3]              # the other channels are the variance
         if not c.algorithm_type.endswith("++"):
             return self._as_eps(output, sample, alpha_t, sigma_t)
