@@ -48,6 +48,13 @@ class Config(FrozenDict):
     def check(self) -> None:
         """Hook: raises ConfigError for values that do not fit together."""
 
+    def changed(self, **entries: Any) -> Config:
+        """A copy with other values; entries that are no fields are kept in the dict, unread."""
+        own = [f.name for f in dataclasses.fields(self)]
+        copy = dataclasses.replace(self, **{k: v for k, v in entries.items() if k in own})
+        dict.update(copy, {k: v for k, v in {**self, **entries}.items() if k not in own})
+        return copy
+
     def __reduce__(self) -> tuple:              # for copies and pickles, which fill a dict by its keys
         return _restored, (type(self), vars(self).copy(), dict(self))
 

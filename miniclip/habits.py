@@ -7,6 +7,7 @@ Mirrors: the options of transformers' and diffusers' from_pretrained and save_pr
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -58,7 +59,8 @@ def settle(where: str, given: Mapping[str, Any], idle: Table, refused: Table) ->
 class LeftOut:
     """Mixin: a method of upstream that is not here says, when it is looked up, what to do instead.
 
-    It is an AttributeError all the same, so hasattr tells the truth.
+    It is an AttributeError all the same, so hasattr tells the truth. A field of `config` is found as an
+    attribute, as it once was upstream, with a FutureWarning.
     """
 
     left_out: ClassVar[Table] = {}
@@ -67,7 +69,12 @@ class LeftOut:
         try:
             return super().__getattr__(name)        # nn.Module finds its parameters here
         except AttributeError:
-            kinds = [kind for kind in type(self).__mro__ if name in vars(kind).get("left_out", ())]
+            config = vars(self).get("config", {})
+        if name in config and not name.startswith("_"):
+            warnings.warn(f"{type(self).__name__}.{name} is old: read .config.{name}", FutureWarning,
+                          stacklevel=2)
+            return config[name]
+        kinds = [kind for kind in type(self).__mro__ if name in vars(kind).get("left_out", ())]
         if kinds:
             raise AttributeError(f"{type(self).__name__}.{name} is left out: {kinds[0].left_out[name]}")
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")

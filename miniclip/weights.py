@@ -69,6 +69,10 @@ class WeightsError(ValueError):
     """A file that cannot be honoured. One line that names the file, the tensor or field, and the value."""
 
 
+class MissingWeights(WeightsError, FileNotFoundError):
+    """A model folder without weights: an OSError too, as upstream's."""
+
+
 # ------------------------------------------------------------------------------------------------------- JSON
 
 
@@ -216,8 +220,22 @@ def load_file(
             raise WeightsError(f"{path}: cannot be loaded: {error}") from None
 
 
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The `__metadata__` of a safetensors file; empty if it has none. Raises WeightsError."""
+    path = _name(path)
+    with _open(path) as file:
+        header, _ = _parse_header(file, os.fstat(file.fileno()).st_size, path)
+    return _metadata(header, path)
+
+
 def _read_header(file: BinaryIO, size: int, path: str) -> tuple[int, list[tuple]]:
     """Where the data begins, and (name, dtype, shape, begin, end) of each tensor in the order of the data."""
+    header, start = _parse_header(file, size, path)
+    return start, check_header(header, size - start, path)
+
+
+def _parse_header(file: BinaryIO, size: int, path: str) -> tuple[dict[str, Any], int]:
+    """The header's JSON, and where the data begins."""
     prefix = file.read(8)
     if len(prefix) < 8:
         raise WeightsError(f"{path}: {size} bytes are too few for a safetensors file")
@@ -229,15 +247,21 @@ def _read_header(file: BinaryIO, size: int, path: str) -> tuple[int, list[tuple]
     if raw[:1] != b"{" or len(raw) < length:
         raise WeightsError(f"{path}: not a safetensors file, the header does not begin with "
                            f"'{{' or is cut off")
-    return 8 + length, check_header(_parse_json(raw, path), size - 8 - length, path)
+    return _parse_json(raw, path), 8 + length
+
+
+def _metadata(header: dict[str, Any], source: str) -> dict[str, str]:
+    """The entry `__metadata__`, which leaves the header."""
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise WeightsError(f"{source}: __metadata__ must map strings to strings")
+    return metadata
 
 
 def check_header(header: dict[str, Any], data_bytes: int, source: str) -> list[tuple]:
     """Holds a parsed header against the format: every tensor well-formed,
     and the tensors tile the data exactly."""
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise WeightsError(f"{source}: __metadata__ must map strings to strings")
+    _metadata(header, source)
     entries = sorted((_entry(name, info, source) for name, info in header.items()),
                      key=lambda entry: entry[3:])
     expected = 0
@@ -410,7 +434,7 @@ def load_folder(
     """
     folder = _name(folder)
     need_folder(folder)
-    pickle_stem = "pytorch_model" if stem == "model" else stem
+    pickle_stem = _pickle_stem(stem)
     dot = f".{variant}" if variant else ""
     indices = [f"{s}.{kind}.index{dot}.json" for s, kind in ((stem, "safetensors"), (pickle_stem, "bin"))]
     single = [f"{stem}{dot}.safetensors", f"{pickle_stem}{dot}.bin"]
@@ -420,7 +444,7 @@ def load_folder(
         if os.path.lexists(path):
             return _load_shards(folder, name, dtype) if name.endswith(".json") else _load_any(path, dtype)
     tried = ", ".join([*indices[:1], *single])
-    raise WeightsError(f"Error no file named {single[1]} found in directory {folder} (looked for {tried})")
+    raise MissingWeights(f"Error no file named {single[1]} found in directory {folder} (looked for {tried})")
 
 
 def _load_any(path: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -456,28 +480,42 @@ def _load_shards(folder: str, index: str, dtype: torch.dtype | None) -> dict[str
     return state_dict
 
 
-def _save_shards(
-    state_dict: dict[str, Tensor], folder: str, stem: str, variant: str | None, max_shard_size: int
-) -> None:
-    """One file, or shards and their index; then what an earlier, differently sharded save left is removed."""
+def _save_shards(state_dict: dict[str, Tensor], folder: str, stem: str, variant: str | None,
+                 max_shard_size: int, kind: str) -> None:
+    """One file, or shards and their index, of a kind (safetensors or bin); then what an earlier save of
+    another size or kind left is removed, since a reader would find it first."""
     dot = f".{variant}" if variant else ""
-    index = f"{stem}.safetensors.index{dot}.json"
+    stems = {"safetensors": stem, "bin": _pickle_stem(stem)}
+    name, index = stems[kind] + dot, f"{stems[kind]}.{kind}.index{dot}.json"
     shards = _split(state_dict, max_shard_size)
-    files = [f"{stem}{dot}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files = [f"{name}-{i + 1:05d}-of-{len(shards):05d}.{kind}" for i in range(len(shards))]
     if len(shards) == 1:
-        files = [f"{stem}{dot}.safetensors"]
+        files = [f"{name}.{kind}"]
     for file, names in zip(files, shards):
-        save_file({name: state_dict[name] for name in names}, os.path.join(folder, file), {"format": "pt"})
+        _save_weights({name: state_dict[name] for name in names}, os.path.join(folder, file))
     if len(shards) > 1:
         total = sum(tensor.numel() * tensor.element_size() for tensor in state_dict.values())
         weight_map = {name: file for file, names in zip(files, shards) for name in names}
         write_json(os.path.join(folder, index), {"metadata": {"total_size": total}, "weight_map": weight_map})
-    shard_name = re.compile(re.escape(stem + dot) + r"-\d{5}-of-\d{5}\.safetensors")
-    keep = [*files, index] if len(shards) > 1 else files
+    keep = {*files, index} if len(shards) > 1 else set(files)
+    stale = re.compile("|".join(rf"{re.escape(s + dot)}(-\d{{5}}-of-\d{{5}})?\.{k}"
+                                rf"|{re.escape(f'{s}.{k}.index{dot}.json')}" for k, s in stems.items()))
     for name in os.listdir(folder):
-        ours = name in (index, f"{stem}{dot}.safetensors") or shard_name.fullmatch(name)
-        if ours and name not in keep:
+        if stale.fullmatch(name) and name not in keep:
             os.unlink(os.path.join(folder, name))
+
+
+def _save_weights(tensors: dict[str, Tensor], path: str) -> None:
+    if path.endswith(".safetensors"):
+        save_file(tensors, path, {"format": "pt"})
+        return
+    with atomic_write(path) as file:
+        torch.save({name: tensor.detach().cpu() for name, tensor in tensors.items()}, file)
+
+
+def _pickle_stem(stem: str) -> str:
+    """transformers' pickles are called pytorch_model."""
+    return "pytorch_model" if stem == "model" else stem
 
 
 def _split(state_dict: dict[str, Tensor], max_shard_size: int) -> list[list[str]]:
@@ -672,21 +710,27 @@ class ModelFolder(LeftOut):
         max_shard_size: int | str = 10 * 10**9, safe_serialization: bool = True, **habits: Any
     ) -> None:
         """Writes config.json and the weights, in files of at most `max_shard_size` bytes (or "5GB").
-        Upstream reads the folder."""
+        Upstream reads the folder. safe_serialization=False writes pickles, for old readers."""
         settle(f"{type(self).__name__}.save_pretrained", habits, SAVING_IDLE, SAVING_REFUSED)
-        if not safe_serialization:
-            raise ValueError("safe_serialization = False: weights are written as safetensors only")
         folder, max_shard_size = _name(folder), _bytes(max_shard_size)
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
             raise WeightsError(f"{folder}: cannot be made: {error.strerror or error}") from None
         write_json(os.path.join(folder, "config.json"), self.export_config())
-        _save_shards(self.state_dict(), folder, self.weights_stem, variant, max_shard_size)
+        kind = "safetensors" if safe_serialization else "bin"
+        _save_shards(self.state_dict(), folder, self.weights_stem, variant, max_shard_size, kind)
 
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        """How many numbers the parameters hold; buffers do not count."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many numbers the parameters hold, those of nn.Embedding tables or not; buffers do not count."""
+        tables = {m.weight for m in self.modules() if isinstance(m, nn.Embedding) and exclude_embeddings}
+        return sum(p.numel() for p in self.parameters()
+                   if (p.requires_grad or not only_trainable) and p not in tables)
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the parameters, and of the buffers."""
+        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,5 +1,12 @@
 from minidiff.config import UNet2DConditionConfig
-from minidiff.pipeline import StableDiffusionPipeline
+from minidiff.pipeline import (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
 from minidiff.samplers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -23,7 +30,12 @@ __all__ = [
     "EulerDiscreteScheduler",
     "LCMScheduler",
     "PNDMScheduler",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
     "StableDiffusionPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionXLPipeline",
     "TextToImage",
     "UNet2DConditionConfig",
     "UNet2DConditionModel",

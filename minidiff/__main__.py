@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from miniclip.command import run
-from minidiff.pipeline import SCHEDULERS, StableDiffusionPipeline
+from minidiff.pipeline import StableDiffusionPipeline
+from minidiff.pipeline_folder import SCHEDULERS
 from minidiff.text_to_image import TextToImage, model_of
 
 RUN_GUIDANCE = 1.5      # of a run of train_diffusion, as train.sample has it

@@ -116,7 +116,7 @@ class Transformer2DModel(nn.Module):
     SD 1.x projects in and out by 1x1 convolutions, SD 2 and SDXL by linear layers (`use_linear_projection`).
     """
 
-    def __init__(self, channels: int, context_dim: int, heads: int, layers: int, *, groups: int,
+    def __init__(self, channels: int, layers: int, *, context_dim: int, heads: int, groups: int,
                  use_linear_projection: bool, only_cross_attention: bool = False):
         super().__init__()
         self.linear = use_linear_projection

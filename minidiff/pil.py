@@ -1,4 +1,4 @@
-"""Tensors to Pillow pictures and back: the one place in minidiff that needs Pillow,
+"""Pictures of any kind to tensors and back: the one place in minidiff that needs Pillow or numpy,
 and only when it is called.
 
 Read before pipeline.py. Mirrors: diffusers' image_processor.py. Shapes: B pictures, H W their size.
@@ -38,3 +38,25 @@ def from_pil(images: list[Any], height: int, width: int, mode: str) -> Tensor:
         flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         pictures.append(flat.view(height, width, -1).permute(2, 0, 1).float() / 255)     # [3 or 1, H, W]
     return torch.stack(pictures)
+
+
+def to_numpy(pictures: Tensor) -> Any:
+    """[B, C, H, W] -> a numpy array [B, H, W, C], float32, as upstream's output_type "np"."""
+    return pictures.permute(0, 2, 3, 1).float().cpu().numpy()
+
+
+def is_pil(image: Any) -> bool:
+    """Whether it is a Pillow picture."""
+    return hasattr(image, "getbands")
+
+
+def from_arrays(images: Any) -> Tensor:
+    """A tensor [B, C, H, W] or [C, H, W], a numpy array [B, H, W, C], [H, W, C] or [H, W], or a list of such
+    -> [B, C, H, W], values as they are."""
+    if isinstance(images, list):
+        return torch.cat([from_arrays(image) for image in images])
+    if isinstance(images, Tensor):
+        return images if images.ndim == 4 else images[(None,) * (4 - images.ndim)]
+    array = torch.as_tensor(images)
+    array = array[..., None] if array.ndim == 2 else array
+    return (array if array.ndim == 4 else array[None]).permute(0, 3, 1, 2)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -80,11 +80,11 @@ class ScheduleConfig(Config):
         defaults = self["_use_default_values"]
         return {k: v for k, v in self.items() if not k.startswith("_") and k not in defaults}
 
-    def mended(self, **changes: Any) -> ScheduleConfig:
+    def changed(self, **entries: Any) -> ScheduleConfig:
         """A copy with other values, in which defaults are still defaults."""
-        own = [f.name for f in fields(self)]
-        copy = replace(self, **{name: value for name, value in changes.items() if name in own})
-        copy._remember({**self.given, **{k: v for k, v in changes.items() if k in self.given}})
+        copy = super().changed(**entries)
+        defaults = [name for name in self["_use_default_values"] if name in entries]
+        copy._remember({**self.given, **{k: v for k, v in entries.items() if k not in defaults}})
         return copy
 
     def to_dict(self) -> dict[str, Any]:
@@ -288,6 +288,10 @@ class Scheduler:
         source = os.path.join(os.fspath(folder), subfolder, "scheduler_config.json")
         values = {k: v for k, v in read_json(source).items() if not k.startswith("_")}
         return cls(cls.config_class.from_dict({**values, **overrides}, source))
+
+    def register_to_config(self, **entries: Any) -> None:
+        """Changes what the config says from now on; tables that are already made stay as they are."""
+        self.config = self.config.changed(**entries)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes `scheduler_config.json`, readable by diffusers."""

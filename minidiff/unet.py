@@ -31,6 +31,7 @@ from miniclip.weights import ModelFolder
 from minidiff.attention import Transformer2DModel
 from minidiff.config import DOWN_ATTENDS, MID_ATTENDS, UP_ATTENDS, UNet2DConditionConfig
 from minidiff.embeddings import ACTIVATIONS, TimestepEmbedding, Timesteps
+from minidiff.model_habits import ModelHabits
 from minidiff.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 
 
@@ -52,6 +53,12 @@ class Block(nn.Module):
             return checkpoint(module, *args, use_reentrant=False)
         return module(*args)
 
+    def register(self, pairs: list[tuple[nn.Module, nn.Module | None]]) -> None:
+        """Takes pairs that were built in the order in which they run, which is the order in which upstream
+        draws first weights from a seed; its keys have the transformers first."""
+        self.attentions = nn.ModuleList(attention for _, attention in pairs if attention is not None)
+        self.resnets = nn.ModuleList(resnet for resnet, _ in pairs)
+
     def pairs(self) -> list[tuple[nn.Module, nn.Module | None]]:
         """Each resnet with the transformer after it, or with None on a level that does not attend."""
         return list(zip(self.resnets, self.attentions or [None] * len(self.resnets), strict=True))
@@ -63,11 +70,9 @@ class DownBlock(Block):
     def __init__(self, widths: list[int], make_resnet: partial, make_attention: partial | None, layers: int,
                  depths: list[int], padding: int | None):
         super().__init__()
-        attends = make_attention is not None
-        out = widths[-1]
-        self.attentions = nn.ModuleList(make_attention(out, layers=depths[j])
-                                        for j in range(layers) if attends)
-        self.resnets = nn.ModuleList(make_resnet(widths[min(j, 1)], out) for j in range(layers))
+        out, widths_in = widths[-1], [widths[0]] + [widths[-1]] * (layers - 1)
+        self.register([(make_resnet(width, out), make_attention and make_attention(out, depths[j]))
+                       for j, width in enumerate(widths_in)])
         self.downsamplers = nn.ModuleList([Downsample2D(out, padding)] if padding is not None
                                           else [])
 
@@ -96,9 +101,9 @@ class MidBlock(Block):
     def __init__(self, channels: int, make_resnet: partial, make_attention: partial | None,
                  depths: list[int]):
         super().__init__()
-        attends = make_attention is not None
-        self.attentions = nn.ModuleList(make_attention(channels, layers=depths[0]) for _ in range(attends))
-        self.resnets = nn.ModuleList(make_resnet(channels, channels) for _ in range(1 + attends))
+        resnet = partial(make_resnet, channels, channels)
+        pairs = [(resnet(), make_attention and make_attention(channels, depths[0]))]
+        self.register(pairs if make_attention is None else [*pairs, (resnet(), None)])
 
     def forward(self, h: Tensor, temb: Tensor, text: tuple) -> Tensor:
         """h [B, C, H, W] -> the same shape; text: context and the two masks of Transformer2DModel."""
@@ -114,11 +119,8 @@ class UpBlock(Block):
     def __init__(self, widths_in: list[int], out: int, make_resnet: partial, make_attention: partial | None,
                  depths: list[int], upsample: bool):
         super().__init__()
-        attends = make_attention is not None
-        layers = len(widths_in)
-        self.attentions = nn.ModuleList(make_attention(out, layers=depths[j])
-                                        for j in range(layers) if attends)
-        self.resnets = nn.ModuleList(make_resnet(width, out) for width in widths_in)
+        self.register([(make_resnet(width, out), make_attention and make_attention(out, depths[j]))
+                       for j, width in enumerate(widths_in)])
         self.upsamplers = nn.ModuleList([Upsample2D(out)] if upsample else [])
 
     def forward(self, h: Tensor, skips: list[Tensor], temb: Tensor, text: tuple) -> Tensor:
@@ -132,7 +134,7 @@ class UpBlock(Block):
         return h
 
 
-class UNet2DConditionModel(ModelFolder, nn.Module):
+class UNet2DConditionModel(ModelHabits, ModelFolder, nn.Module):
     """Predicts the noise (or v, or x0) in a noisy picture, given the time and a text.
 
     Built from a UNet2DConditionConfig or from its fields: `UNet2DConditionModel(block_out_channels=(32,

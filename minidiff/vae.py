@@ -26,6 +26,7 @@ from miniclip.config import Config, ConfigError
 from miniclip.output import ModelOutput
 from miniclip.weights import ModelFolder
 from minidiff.attention import Attention, to_map
+from minidiff.model_habits import ModelHabits
 from minidiff.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from minidiff.schedule import Generators, randn
 
@@ -148,8 +149,9 @@ class MidBlock(nn.Module):
 
     def __init__(self, channels: int, make_resnet: partial, groups: int, attends: bool):
         super().__init__()
+        first = make_resnet(channels, channels)     # built as they run: upstream's order of first weights
         self.attentions = nn.ModuleList(SpatialAttention(channels, groups) for _ in range(attends))
-        self.resnets = nn.ModuleList(make_resnet(channels, channels) for _ in range(2))
+        self.resnets = nn.ModuleList([first, make_resnet(channels, channels)])
 
     def forward(self, h: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, C, h, w]."""
@@ -236,10 +238,10 @@ class Decoder(CoderBase):
         widths, groups = c.block_out_channels[::-1], c.norm_num_groups
         self.conv_in = nn.Conv2d(c.latent_channels, widths[0], 3, padding=1)
         self.up_blocks = nn.ModuleList()  # before mid_block, as upstream's keys
+        self.mid_block = MidBlock(widths[0], make_resnet, groups, c.mid_block_add_attention)
         for i, out in enumerate(widths):
             levels = [widths[max(i - 1, 0)]] + [out] * (c.layers_per_block + 1)
             self.up_blocks.append(UpDecoderBlock(levels, make_resnet, upsample=i < len(widths) - 1))
-        self.mid_block = MidBlock(widths[0], make_resnet, groups, c.mid_block_add_attention)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], c.out_channels, 3, padding=1)
 
@@ -251,7 +253,7 @@ class Decoder(CoderBase):
         return self.finish(h)
 
 
-class AutoencoderKL(ModelFolder, nn.Module):
+class AutoencoderKL(ModelHabits, ModelFolder, nn.Module):
     """The variational autoencoder of Stable Diffusion, with diffusers' keys and their order.
 
     Built from an AutoencoderKLConfig or from its fields.

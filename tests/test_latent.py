@@ -17,6 +17,7 @@ from miniclip.convert import to_openai
 from miniclip.model import CLIPTextModelWithProjection
 from miniclip.weights import load_file, save_file
 from minidiff import convert
+from minidiff.lora import FILE
 from minidiff.pipeline import StableDiffusionPipeline
 from minidiff.vae import DiagonalGaussianDistribution
 from tests.test_lora import LATENT
@@ -26,7 +27,6 @@ from train import latent, train_diffusion, validation
 from train.data.folder import CaptionedImages
 from train.data.grid import save_image
 from train.latent import MASKS, LatentTextToImage, checksum, load_pipeline, random_mask, read_cache
-from train.lora import FILE
 
 SMALL = {"block_out_channels": (16, 32), "norm_num_groups": 8}
 KINDS = {"xl": {**SMALL, "xl": True}, "inpaint": {**SMALL, "in_channels": 9},
@@ -146,7 +146,7 @@ def test_a_second_run_encodes_nothing(tmp_path: Path, models: Path, data: Path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(LatentTextToImage, "encode", never)
-        patch.setattr(StableDiffusionPipeline, "encode_prompt", never)
+        patch.setattr(StableDiffusionPipeline, "encode_text", never)
         assert (train(models / kind, data, tmp_path, overwrite=True) / WEIGHTS).read_bytes() == weights
 
 
@@ -207,7 +207,7 @@ def test_a_single_file_of_sdxl(tmp_path: Path, data: Path) -> None:
                                              str(tmp_path / "tokenizer")), 16, CAPTIONS)
     # which fills up with another token
     pipe.tokenizer_2 = writer.pipe.tokenizer_2
-    text, pooled = pipe.encode_prompt(["春"], ["春"], None)
+    text, pooled = pipe.encode_text(["春"], ["春"], None)
     told = writer.conditioning(["春"])
     assert torch.allclose(told["text"], text, atol=1e-5) and torch.allclose(told["pooled"], pooled, atol=1e-5)
 
@@ -224,7 +224,7 @@ def test_the_loss_of_sdxl_by_hand(zeros: bool) -> None:
     prompts, generator = ["春", "", "a herb shop"], torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, 3, 4, 8, 8, generator=generator, dtype=torch.float64)
     t = torch.tensor([10, 500, 990])
-    text, pooled = pipe.encode_prompt(prompts, prompts, None)
+    text, pooled = pipe.encode_text(prompts, prompts, None)
     if zeros:
         text[1], pooled[1] = 0, 0
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2

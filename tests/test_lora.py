@@ -13,12 +13,13 @@ import torch
 
 from miniclip.weights import WeightsError, load_file, save_file
 from minidiff import DDPMScheduler, UNet2DConditionModel
+from minidiff.lora import FILE, LoRALinear, merge_lora
 from minidiff.pipeline import StableDiffusionPipeline
 from minidiff.text_to_image import Preset, TextToImage
 from tests.test_minidiff_pipeline import TOKENIZER, make, single_file
 from train import latent, train_diffusion, validation
 from train.errors import UserError
-from train.lora import FILE, PROJECTIONS, LoRALinear, add_lora, merge_lora, merged, save_lora
+from train.lora import PROJECTIONS, add_lora, merged, save_lora
 from train.merge_lora import MergeConfig
 from train.merge_lora import main as merge
 from train.run.checkpoint import load_checkpoint
@@ -153,7 +154,7 @@ def test_latents_are_encoded_once(tmp_path: Path, sd: Path, monkeypatch) -> None
 
     with monkeypatch.context() as patch:
         patch.setattr(latent.LatentTextToImage, "encode", never)
-        patch.setattr(StableDiffusionPipeline, "encode_prompt", never)
+        patch.setattr(StableDiffusionPipeline, "encode_text", never)
         train_diffusion.main(dataclasses.replace(cfg, overwrite=True))
     assert (tmp_path / "run/model/unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
     cached, = (tmp_path / "run" / "cache").iterdir()

@@ -26,6 +26,7 @@ from miniclip.config import CLIPResNetConfig
 from miniclip.image_text import ImageTextModel
 from miniclip.resnet import CLIPResNetModel
 from miniclip.weights import WeightsError, load_file, read_json, save_file
+from minidiff.lora import LoRALinear
 from minidiff.pipeline import StableDiffusionPipeline
 from tests.test_lora import predict, teach, unet
 from tests.test_minidiff_pipeline import make
@@ -37,7 +38,6 @@ from train.lora import (
     PEFT,
     PEFT_CONFIG,
     PEFT_FILE,
-    LoRALinear,
     add_lora,
     merge_adapter,
     merged,

@@ -14,7 +14,9 @@ from miniclip.tokenizer import CLIPTokenizer
 from miniclip.weights import WeightsError, read_json, save_file, write_json
 from minidiff import convert
 from minidiff.__main__ import SAMPLERS, main
-from minidiff.pipeline import SCHEDULERS, StableDiffusionPipeline, from_pil, to_pil
+from minidiff.pil import from_pil, to_pil
+from minidiff.pipeline import StableDiffusionPipeline
+from minidiff.pipeline_folder import SCHEDULERS
 from minidiff.samplers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 from minidiff.unet import UNet2DConditionModel
 from minidiff.vae import AutoencoderKL
@@ -177,7 +179,7 @@ def test_inpainting(channels):
         ({"image": torch.zeros(3, 3, 8, 8), "num_images_per_prompt": 2}, "3 images for 2"),
         ({"num_inference_steps": 0}, "num_inference_steps = 0"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2"),
-        ({"output_type": "np"}, "output_type"),
+        ({"output_type": "jpg"}, "output_type"),
         ({"generator": [torch.Generator()] * 2}, "2 generators for 1"),
         ({"latents": torch.zeros(1, 4, 4, 4)}, r"latents are \[1, 4, 4, 4\]"),
         ({"prompt": []}, "no prompt"),

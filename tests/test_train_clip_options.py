@@ -15,11 +15,12 @@ from torch import nn
 
 from miniclip.image_text import PRESETS, ImageTextModel, Preset
 from miniclip.weights import load_file
+from minidiff.lora import merge_lora
 from tests.test_train_parallel import needs_fork, together
 from train import towers, train_clip
 from train.errors import UserError
 from train.index import Index
-from train.lora import CLIP_PROJECTIONS, PEFT, PEFT_FILE, add_lora, merge_lora
+from train.lora import CLIP_PROJECTIONS, PEFT, PEFT_FILE, add_lora
 from train.run.checkpoint import load_checkpoint
 from train.run.distributed import Ranks
 from train.train_clip import TrainConfig, check

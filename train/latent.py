@@ -95,7 +95,7 @@ class LatentTextToImage(TextToImage):
     @torch.no_grad()
     def _encode_prompt(self, prompt: str) -> dict[str, Tensor]:
         """As the pipeline does, an empty prompt like the absent negative one, which may be zeros in SDXL."""
-        text, pooled = self.pipe.encode_prompt([prompt], [prompt], None)
+        text, pooled = self.pipe.encode_text([prompt], [prompt], None)
         zeros = self.pipe.is_xl and self.pipe.force_zeros_for_empty_prompt and not prompt
         read = {"text": text, "pooled": pooled} if self.pipe.is_xl else {"text": text}
         return {name: (torch.zeros_like(values) if zeros else values)[0].cpu()

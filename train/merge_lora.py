@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from miniclip.image_text import ImageTextModel
+from minidiff.lora import FILE, merge_lora
 from minidiff.pipeline import StableDiffusionPipeline
 
 from .errors import UserError
-from .lora import FILE, PEFT_FILE, merge_adapter, merge_lora
+from .lora import PEFT_FILE, merge_adapter
 from .run.cli import check_flags, flag, parse_flags, start
 from .run.folder import make_folder
 

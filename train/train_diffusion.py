@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from minidiff.attention import Transformer2DModel
+from minidiff.lora import FILE as LORA_FILE
 from minidiff.resnet import ResnetBlock2D
 from minidiff.text_to_image import FILE, PRESETS, ImageFormat, TextToImage, build_text_to_image
 
@@ -36,7 +37,6 @@ from .data.grid import grid_columns, save_grid
 from .data.summary import summary
 from .errors import UserError
 from .latent import LatentTextToImage, load_pipeline
-from .lora import FILE as LORA_FILE
 from .lora import add_lora, merged, save_lora
 from .optim import build_optimizers, parameter_count, set_learning_rate
 from .pages import SHOWN, write_diffusion_report

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidiff.lora import FILE
 from minidiff.pipeline import StableDiffusionPipeline
 from tests.parity.compare import assert_same_keys, relative_error
 from tests.test_latent import (  # noqa: F401  fixtures among them
@@ -31,7 +32,6 @@ from tests.test_latent import (  # noqa: F401  fixtures among them
     writer_of,
 )
 from tests.test_minidiff_pipeline import make
-from train.lora import FILE
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")

@@ -12,15 +12,14 @@ import torch
 from miniclip import CLIPImageProcessor, CLIPTokenizer, convert
 from miniclip.image_text import PRESETS, Preset
 from miniclip.weights import WeightsError, load_file
+from minidiff.lora import FILE, merge_lora
 from tests.test_lora import predict, teach, unet
 from tests.test_minidiff_pipeline import make
 from train import train_clip
 from train.lora import (
     CLIP_PROJECTIONS,
-    FILE,
     PEFT_CONFIG,
     add_lora,
-    merge_lora,
     merged,
     read_adapter,
     save_adapter,
