@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 from miniclip.config import Config, ConfigError
-from miniclip.weights import read_json, write_json
+from miniclip.weights import read_json
+from minidiff.habits import SchedulerHabits, by_name, overriding
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -72,18 +74,20 @@ class ScheduleConfig(Config):
     def _remember(self, given: dict[str, Any]) -> None:
         own = [f.name for f in fields(self)]
         dict.update(self, {name: value for name, value in given.items() if name not in own})
-        dict.update(self, _use_default_values=[name for name in own if name not in given])
+        dict.pop(self, "_use_default_values", None)     # as upstream, an entry only where there are defaults
+        if defaults := [name for name in own if name not in given]:
+            dict.update(self, _use_default_values=defaults)
 
     @property
     def given(self) -> dict[str, Any]:
         """What was set explicitly, fields of other samplers included: all that another sampler takes over."""
-        defaults = self["_use_default_values"]
+        defaults = self.get("_use_default_values", ())
         return {k: v for k, v in self.items() if not k.startswith("_") and k not in defaults}
 
     def changed(self, **entries: Any) -> ScheduleConfig:
         """A copy with other values, in which defaults are still defaults."""
         copy = super().changed(**entries)
-        defaults = [name for name in self["_use_default_values"] if name in entries]
+        defaults = [name for name in self.get("_use_default_values", ()) if name in entries]
         copy._remember({**self.given, **{k: v for k, v in entries.items() if k not in defaults}})
         return copy
 
@@ -92,12 +96,11 @@ class ScheduleConfig(Config):
         return {**super().to_dict(), **{k: v for k, v in self.given.items() if not hasattr(self, k)}}
 
     def check(self) -> None:
-        """The schedule exists and has T entries."""
+        """The schedule exists and has an entry."""
         if self.num_train_timesteps < 1:
             raise ConfigError(f"num_train_timesteps = {self.num_train_timesteps} must be at least 1")
-        if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
-            raise ConfigError(f"{len(self.trained_betas)} trained_betas for {self.num_train_timesteps} "
-                              "timesteps")
+        if self.trained_betas == ():
+            raise ConfigError("trained_betas is empty")
         if self.trained_betas is None and self.beta_schedule not in BETA_SCHEDULES:
             raise ConfigError(f"beta_schedule = {self.beta_schedule!r} is not one of "
                               f"{', '.join(BETA_SCHEDULES)}")
@@ -152,10 +155,14 @@ BETA_SCHEDULES: dict[str, Callable[[ScheduleConfig], Tensor]] = {
 
 
 def betas(config: ScheduleConfig) -> Tensor:
-    """beta_t for t = 0 .. T-1, float32 [T]."""
-    if config.trained_betas is not None:
-        return torch.tensor(config.trained_betas, dtype=torch.float32)
-    return BETA_SCHEDULES[config.beta_schedule](config)
+    """beta_t for t = 0 .. T-1, float32 [T]. T is the number of trained_betas, if they are given."""
+    if config.trained_betas is None:
+        return BETA_SCHEDULES[config.beta_schedule](config)
+    T = len(config.trained_betas)
+    if T != config.num_train_timesteps:
+        warnings.warn(f"num_train_timesteps = {config.num_train_timesteps}, but there are {T} trained_betas: "
+                      f"timesteps lie in 0 .. {T - 1}", stacklevel=3)
+    return torch.tensor(config.trained_betas, dtype=torch.float32)
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
@@ -253,10 +260,10 @@ def to_x0_unscaled(kind: str, output: Tensor, x: Tensor, sigma: Tensor, sigma_ha
     return output
 
 
-class Scheduler:
+class Scheduler(SchedulerHabits):
     """Base of the samplers: config in and out, the tables, and the forward process.
 
-    Built from its config or from the config's fields.
+    Built from its config or from the config's fields; SchedulerHabits saves it. `len(scheduler)` is T.
     The tables `betas`, `alphas`, `alphas_cumprod` [T] are float32 on the CPU. Nothing here is a module: no
     training or EMA step can touch the tables.
     """
@@ -265,43 +272,44 @@ class Scheduler:
     order = 1
     init_noise_sigma: float | Tensor = 1.0
 
-    def __init__(self, config: ScheduleConfig | None = None, **fields: Any):
-        self.config = config or self.config_class.from_dict(fields, type(self).__name__)
+    def __init__(self, config: ScheduleConfig | None = None, *by_place: Any, **fields: Any):
+        if not isinstance(config, ScheduleConfig):
+            fields = by_name(type(self).__name__, (config, *by_place), fields)
+            config = self.config_class.from_dict(fields, type(self).__name__)
+        self.config = config
         self.betas = betas(self.config)
         if getattr(self.config, "rescale_betas_zero_snr", False):
             self.betas = rescale_zero_terminal_snr(self.betas)
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
         self.num_inference_steps: int | None = None
-        self.timesteps = torch.arange(self.config.num_train_timesteps).flip(0)
+        self.timesteps = torch.arange(len(self)).flip(0)
 
     @classmethod
     def from_config(cls, config: ScheduleConfig | dict[str, Any], **overrides: Any) -> Scheduler:
         """A sampler from another sampler's config; only what was set explicitly there is taken over."""
+        if not isinstance(config, dict):
+            raise TypeError(f"{cls.__name__}.from_config takes a config, not {config!r}; a folder goes into "
+                            "from_pretrained")
+        overrides = overriding(f"{cls.__name__}.from_config", overrides)
         defaults = config.get("_use_default_values", ())
         given = {k: v for k, v in config.items() if not k.startswith("_") and k not in defaults}
         return cls(cls.config_class.from_dict({**given, **overrides}, cls.__name__))
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, subfolder: str = "", **overrides: Any) -> Scheduler:
-        """Reads `scheduler_config.json` in a local folder, whichever sampler wrote it."""
-        source = os.path.join(os.fspath(folder), subfolder, "scheduler_config.json")
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None,
+                        **overrides: Any) -> Scheduler:
+        """Reads `scheduler_config.json` in a local folder, whichever sampler wrote it. Overrides are fields.
+
+        Raises WeightsError for a file that cannot be read, ConfigError for a field that cannot be honoured.
+        """
+        overrides = overriding(f"{cls.__name__}.from_pretrained", overrides)
+        source = cls.config_file(pretrained_model_name_or_path, subfolder)
         values = {k: v for k, v in read_json(source).items() if not k.startswith("_")}
         return cls(cls.config_class.from_dict({**values, **overrides}, source))
 
-    def register_to_config(self, **entries: Any) -> None:
-        """Changes what the config says from now on; tables that are already made stay as they are."""
-        self.config = self.config.changed(**entries)
-
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes `scheduler_config.json`, readable by diffusers."""
-        os.makedirs(folder, exist_ok=True)
-        head = {"_class_name": type(self).__name__, "_diffusers_version": "0.30.0"}
-        write_json(os.path.join(os.fspath(folder), "scheduler_config.json"),
-                   {**head, **self.config.to_dict()})
-
     def __len__(self) -> int:
-        return self.config.num_train_timesteps
+        return len(self.betas)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | int | None = None) -> Tensor:
         """What the model is to see at this timestep: here x_t itself; the Euler samplers rescale it."""

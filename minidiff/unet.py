@@ -31,7 +31,7 @@ from miniclip.weights import ModelFolder
 from minidiff.attention import Transformer2DModel
 from minidiff.config import DOWN_ATTENDS, MID_ATTENDS, UP_ATTENDS, UNet2DConditionConfig
 from minidiff.embeddings import ACTIVATIONS, TimestepEmbedding, Timesteps
-from minidiff.model_habits import ModelHabits
+from minidiff.habits import ModelHabits
 from minidiff.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 
 

@@ -26,7 +26,7 @@ from miniclip.config import Config, ConfigError
 from miniclip.output import ModelOutput
 from miniclip.weights import ModelFolder
 from minidiff.attention import Attention, to_map
-from minidiff.model_habits import ModelHabits
+from minidiff.habits import ModelHabits
 from minidiff.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from minidiff.schedule import Generators, randn
 

@@ -27,8 +27,8 @@ MAY_IMPORT = {"miniclip": {"miniclip"}, "minidiff": {"miniclip", "minidiff"}, "d
               "train": {"miniclip", "minidiff", "train"}}
 HEAVY = {"torchvision", "PIL", "numpy"}             # only where an image is read, in the two packages
 UNET_ALONE = ("miniclip/config.py", "miniclip/output.py", "miniclip/habits.py", "miniclip/weights.py",
-              "minidiff/config.py", "minidiff/embeddings.py", "minidiff/resnet.py", "minidiff/attention.py",
-              "minidiff/unet.py")
+              "minidiff/config.py", "minidiff/habits.py", "minidiff/embeddings.py", "minidiff/resnet.py",
+              "minidiff/attention.py", "minidiff/unet.py")
 
 
 def imports(path: str, tree: ast.AST) -> list[tuple[str, list[str]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 
@@ -110,12 +111,39 @@ def test_bad_timesteps_are_refused() -> None:
 @pytest.mark.parametrize("fields,words", [
     ({"beta_schedule": "quadratic"}, "beta_schedule = 'quadratic'"),
     ({"prediction_type": "noise"}, "prediction_type"),
-    ({"num_train_timesteps": 0}, "num_train_timesteps"), ({"trained_betas": [0.1]}, "trained_betas"),
+    ({"num_train_timesteps": 0}, "num_train_timesteps"), ({"trained_betas": []}, "trained_betas is empty"),
     ({"steps_ofset": 1}, "unknown field 'steps_ofset'"),
 ])
 def test_bad_configs_are_refused(fields: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         DDPMScheduler(**fields)
+
+
+@pytest.mark.filterwarnings("error:.*trained_betas")
+def test_departure_trained_betas_say_how_many_timesteps_there_are() -> None:
+    """For two betas and 1000 timesteps upstream gives timestep 980 and fails in step; here T is two."""
+    DDPMScheduler(num_train_timesteps=2, trained_betas=numpy.array([0.1, 0.3]))     # nothing to warn of
+    with pytest.warns(UserWarning, match="1000, but there are 2 trained_betas: timesteps lie in 0 .. 1"):
+        scheduler = DDPMScheduler(trained_betas=numpy.array([0.1, 0.3]))
+    assert len(scheduler) == 2 and scheduler.timesteps.tolist() == [1, 0]
+    x = torch.randn(1, 1, 4, 4)
+    with pytest.raises(ValueError, match="0 .. 1, got"):
+        scheduler.add_noise(x, x, torch.tensor([2]))
+    with pytest.raises(ValueError, match="1 .. 2"):
+        scheduler.set_timesteps(50)
+    with pytest.raises(ValueError, match="0 .. 1"):
+        scheduler.set_timesteps(timesteps=[2])
+    with pytest.raises(IndexError):
+        scheduler.step(x, 2, x)
+    scheduler.set_timesteps(2)
+    assert scheduler.step(x, 1, x).prev_sample.shape == x.shape
+
+
+def test_previous_timestep() -> None:
+    scheduler = DDPMScheduler()
+    assert scheduler.previous_timestep(7) == 6
+    scheduler.set_timesteps(timesteps=torch.tensor([100, 50, 0]))
+    assert [scheduler.previous_timestep(t).item() for t in scheduler.timesteps] == [50, 0, -1]
 
 
 def test_a_list_of_generators_is_one_for_each_picture() -> None:

@@ -1,8 +1,13 @@
 """The samplers without upstream: exact answers where the mathematics gives them, upstream's schedules,
 clear errors."""
 
+import copy
+import inspect
+import json
 import math
+import pickle
 
+import numpy
 import pytest
 import torch
 
@@ -340,3 +345,144 @@ def test_a_config_built_directly_travels_as_well():
     ddim = DDIMScheduler(DDIMConfig(beta_end=0.012))
     euler = EulerDiscreteScheduler.from_config(ddim.config)
     assert euler.config.beta_end == 0.012 and euler.config.timestep_spacing == "linspace"
+
+
+# ------------------------------------------------------------------ what users of diffusers type out of habit
+
+ALL = [getattr(samplers, name) for name in samplers.__all__ if name.endswith("Scheduler")]
+every_class = pytest.mark.parametrize("cls", ALL)
+
+
+@every_class
+def test_fields_by_place(cls):
+    assert cls(500, 0.001, 0.01, "linear", None).config == cls(
+        num_train_timesteps=500, beta_start=0.001, beta_end=0.01, beta_schedule="linear").config
+    with pytest.raises(TypeError, match="beta_schedule, trained_betas by place, all other fields by name"):
+        cls(500, 0.001, 0.01, "linear", None, True)
+    with pytest.raises(TypeError, match="num_train_timesteps"):
+        cls(500, num_train_timesteps=400)
+
+
+@every_class
+def test_options_of_loading_and_saving(tmp_path, cls):
+    scheduler = cls(steps_offset=1)
+    scheduler.save_config(save_directory=tmp_path / "a" / "scheduler", token="x")
+    habits = {"cache_dir": "x", "torch_dtype": torch.float16, "local_files_only": True, "variant": "fp16"}
+    loaded = cls.from_pretrained(tmp_path / "a", subfolder="scheduler", beta_end=0.5, **habits)
+    assert loaded.config.steps_offset == 1 and loaded.config.beta_end == 0.5
+    assert not set(habits) & set(loaded.config)
+    read = cls.load_config(tmp_path / "a", subfolder="scheduler", **habits)
+    assert read["_class_name"] == cls.__name__ and cls.from_config(read).config == scheduler.config
+    assert json.loads(scheduler.to_json_string()) == read and cls.__name__ in repr(scheduler)
+    for action in (lambda: cls.from_pretrained(tmp_path / "a" / "scheduler", return_unused_kwargs=True),
+                   lambda: cls.from_config(read, return_unused_kwargs=True),
+                   lambda: cls.load_config(tmp_path / "a" / "scheduler", return_commit_hash=True),
+                   lambda: scheduler.save_pretrained(tmp_path, push_to_hub=True),
+                   lambda: scheduler.save_config(tmp_path, repo_id="me/it")):
+        with pytest.raises(ValueError, match="is not supported; "):
+            action()
+    with pytest.raises(TypeError, match="no_such_option"):
+        scheduler.save_pretrained(tmp_path, no_such_option=1)
+    with pytest.raises(ConfigError, match="no_such_field"):
+        cls.from_pretrained(tmp_path / "a" / "scheduler", no_such_field=1)
+    with pytest.raises(TypeError, match="a folder goes into from_pretrained"):
+        cls.from_config(str(tmp_path))
+
+
+@every_class
+def test_configs_are_equal_as_dicts(tmp_path, cls):
+    """A config that was read from a complete file has no defaults any more."""
+    scheduler = cls(beta_end=0.5)
+    assert "beta_start" in scheduler.config["_use_default_values"]
+    scheduler.save_pretrained(tmp_path)
+    read = cls.from_pretrained(tmp_path).config
+    assert "_use_default_values" not in read and read == scheduler.config
+    assert {k: v for k, v in scheduler.config.items() if k != "_use_default_values"} == read
+    assert read.given == {**read} and pickle.loads(pickle.dumps(read)) == read
+
+
+@every_class
+def test_what_is_left_out_says_what_to_do(cls):
+    scheduler = cls()
+    tables = [vars(kind)["left_out"] for kind in cls.__mro__ if "left_out" in vars(kind)]
+    names = {name: reason for table in tables for name, reason in table.items()}
+    assert "push_to_hub" in names and all(reason[0].islower() for reason in names.values())
+    for name, reason in names.items():
+        assert not hasattr(scheduler, name)
+        with pytest.raises(AttributeError) as error:
+            getattr(scheduler, name)
+        assert str(error.value) == f"{cls.__name__}.{name} is left out: {reason}"
+    with pytest.raises(AttributeError, match=f"^'{cls.__name__}' object has no attribute 'no_such_name'$"):
+        scheduler.no_such_name  # noqa: B018
+
+
+@every_class
+def test_fields_can_be_read_from_the_sampler(cls):
+    with pytest.warns(FutureWarning, match="read \.config\.beta_end"):
+        assert cls(beta_end=0.5).beta_end == 0.5
+    for copied in (copy.deepcopy(cls(beta_end=0.5)), pickle.loads(pickle.dumps(cls(beta_end=0.5)))):
+        assert copied.config.beta_end == 0.5
+    assert not hasattr(cls.__new__(cls), "beta_end")
+
+
+@every_class
+def test_compatibles(cls):
+    scheduler = cls(steps_offset=1, beta_end=0.5)
+    assert scheduler.compatibles == ALL
+    for other in scheduler.compatibles:
+        there = other.from_config(scheduler.config)
+        assert there.config.beta_end == 0.5 and cls.from_config(there.config).config == scheduler.config
+
+
+@every_class
+def test_a_number_of_steps_from_numpy(cls):
+    a, b = cls(), cls()
+    a.set_timesteps(numpy.int64(10))
+    b.set_timesteps(10)
+    assert a.timesteps.equal(b.timesteps) and a.timesteps.dtype == b.timesteps.dtype
+    assert "device" in inspect.signature(cls.set_timesteps).parameters
+
+
+@every_class
+@pytest.mark.filterwarnings("ignore:.*trained_betas")
+def test_betas_of_ones_own_say_how_many_timesteps_there_are(tmp_path, cls):
+    """Upstream: an IndexError in step, or (Euler, DPM-Solver) the last level for all timesteps beyond."""
+    betas = numpy.linspace(0.01, 0.3, 8)
+    scheduler = cls(trained_betas=betas)
+    scheduler.save_pretrained(tmp_path)
+    assert cls.from_pretrained(tmp_path).betas.equal(scheduler.betas)
+    assert len(scheduler) == len(scheduler.timesteps) == 8
+    with pytest.raises(ValueError, match="8"):
+        scheduler.set_timesteps(9)
+    if cls is LCMScheduler:
+        scheduler.set_timesteps(4, original_inference_steps=8)
+    else:
+        scheduler.set_timesteps(4)
+    assert 0 <= min(scheduler.timesteps) and max(scheduler.timesteps) < 8
+
+
+def test_names_of_single_samplers():
+    with pytest.raises(ValueError, match="mu is not supported; .* flow_shift"):
+        DPMSolverMultistepScheduler().set_timesteps(5, mu=1.0)
+    dpm = DPMSolverMultistepScheduler()
+    assert torch.allclose(dpm.alpha_t**2 + dpm.sigma_t**2, torch.ones(1000))
+    lcm = LCMScheduler()
+    lcm.set_timesteps(timesteps=[999, 500, 20])
+    assert lcm.custom_timesteps and [lcm.previous_timestep(t).item() for t in lcm.timesteps] == [500, 20, -1]
+    assert lcm.index_for_timestep(20, torch.tensor([999, 20])) == 1
+    assert lcm.get_scalings_for_boundary_condition_discrete(5) == lcm.boundary_scalings(5)
+    pndm = PNDMScheduler()
+    pndm.set_timesteps(10)
+    assert [*pndm.prk_timesteps, *pndm.plms_timesteps] == pndm.timesteps.tolist()
+    assert len(pndm.prk_timesteps) == 12
+    ddim = DDIMScheduler()
+    assert ddim._get_variance(420, 400).item() == pytest.approx(0.14771, abs=1e-5)
+
+
+def test_a_pipeline_of_diffusers_can_mend_an_early_config():
+    """It writes to this name; defaults stay defaults, so that the next sampler has its own."""
+    ddim = DDIMScheduler(beta_end=0.012)
+    ddim._internal_dict = {**ddim.config, "steps_offset": 1, "clip_sample": False}
+    ddim.set_timesteps(2)
+    assert ddim.timesteps.tolist() == [501, 1] and ddim.config.clip_sample is False
+    assert ddim._internal_dict is ddim.config and ddim.config.given == {"beta_end": 0.012}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from miniclip.config import ConfigError
 from miniclip.output import ModelOutput
+from minidiff.habits import EULER_LEFT_OUT
 from minidiff.schedule import ScheduleConfig, Scheduler, spaced_timesteps
 
 
@@ -42,8 +44,8 @@ def checked_timesteps(chosen: Sequence[int], T: int) -> list[int]:
 
 
 def check_steps(steps: Any, T: int) -> None:
-    """Raises ValueError unless `steps` is a whole number in 1 .. T."""
-    if not isinstance(steps, int) or not 1 <= steps <= T:
+    """Raises ValueError unless `steps` is a whole number in 1 .. T; numpy's count as well."""
+    if not isinstance(steps, Integral) or not 1 <= steps <= T:
         raise ValueError(f"num_inference_steps = {steps} must be a whole number in 1 .. {T}")
 
 
@@ -113,8 +115,8 @@ class SigmaScheduler(Scheduler):
     step_index: int | None = None
     begin_index: int | None = None
 
-    def __init__(self, config: ScheduleConfig | None = None, **fields: Any):
-        super().__init__(config, **fields)
+    def __init__(self, config: ScheduleConfig | None = None, *by_place: Any, **fields: Any):
+        super().__init__(config, *by_place, **fields)
         spacings = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
         if sum(bool(getattr(self.config, name, False)) for name in spacings) > 1:
             raise ConfigError(f"only one of {', '.join(spacings)} can be used")
@@ -206,6 +208,8 @@ class SigmaScheduler(Scheduler):
 class EulerBase(SigmaScheduler):
     """What both Euler samplers do with x = x0 + sigma eps, whose variance grows with sigma."""
 
+    left_out = EULER_LEFT_OUT
+
     @property
     def init_noise_sigma(self) -> Tensor:
         """Multiply standard normal noise by it to start."""
@@ -220,7 +224,7 @@ class EulerBase(SigmaScheduler):
 
     def _spaced(self, n: int) -> list[float]:
         """Timesteps by the config's spacing; with linspace they are not whole numbers."""
-        c, T = self.config, self.config.num_train_timesteps
+        c, T = self.config, len(self)
         if c.timestep_spacing == "linspace":
             return linspace(0, T - 1, n)[::-1]
         return [float(t) for t in spaced_timesteps(c.timestep_spacing, n, T, c.steps_offset)]

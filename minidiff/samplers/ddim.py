@@ -39,14 +39,14 @@ class DDIMScheduler(Scheduler):
 
     config_class = DDIMConfig
 
-    def __init__(self, config: DDIMConfig | None = None, **fields):
-        super().__init__(config, **fields)
+    def __init__(self, config: DDIMConfig | None = None, *by_place, **fields):
+        super().__init__(config, *by_place, **fields)
         self.final_alpha_cumprod = (torch.tensor(1.0) if self.config.set_alpha_to_one
                                     else self.alphas_cumprod[0])
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Chooses `num_inference_steps` of the T training timesteps by the config's spacing."""
-        c, T = self.config, self.config.num_train_timesteps
+        c, T = self.config, len(self)
         check_steps(num_inference_steps, T)
         chosen = spaced_timesteps(c.timestep_spacing, num_inference_steps, T, c.steps_offset)
         self.timesteps = torch.tensor(checked_timesteps(chosen, T), device=device)
@@ -69,14 +69,14 @@ class DDIMScheduler(Scheduler):
         `variance_noise` gives the noise, else `generator` draws it.
         use_clipped_model_output: derive eps again from the clipped x0.
         """
-        t, x_t = int(timestep), sample
-        alpha_bar, alpha_bar_prev = self._alpha_bars(t)
+        x_t, t, t_prev = sample, int(timestep), self._previous(int(timestep))
+        alpha_bar, alpha_bar_prev = self._alpha_bar(t), self._alpha_bar(t_prev)
         kind, a, s = self.config.prediction_type, alpha_bar**0.5, (1 - alpha_bar) ** 0.5
         x0 = self.clip_x0(to_x0(kind, model_output, x_t, a, s))
         eps = to_eps(kind, model_output, x_t, a, s)
         if use_clipped_model_output:
             eps = to_eps("sample", x0, x_t, a, s)
-        sigma = eta * self._variance(alpha_bar, alpha_bar_prev) ** 0.5
+        sigma = eta * self._get_variance(t, t_prev) ** 0.5
         # Song 2021, eq. 12: "pointing to x_t"
         direction = (1 - alpha_bar_prev - sigma**2) ** 0.5 * eps
         x_prev = alpha_bar_prev**0.5 * x0 + direction
@@ -84,16 +84,17 @@ class DDIMScheduler(Scheduler):
             x_prev = x_prev + sigma * self._noise(model_output, generator, variance_noise)
         return SchedulerOutput(x_prev, x0) if return_dict else (x_prev, x0)
 
-    def _alpha_bars(self, t: int) -> tuple[Tensor, Tensor]:
+    def _previous(self, t: int) -> int:
         if self.num_inference_steps is None:
             raise ValueError("call set_timesteps before step")
-        previous = t - self.config.num_train_timesteps // self.num_inference_steps
-        return (self.alphas_cumprod[t], self.alphas_cumprod[previous] if previous >= 0
-                else self.final_alpha_cumprod)
+        return t - len(self) // self.num_inference_steps
 
-    @staticmethod
-    def _variance(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> Tensor:
+    def _alpha_bar(self, t: int) -> Tensor:
+        return self.alphas_cumprod[t] if t >= 0 else self.final_alpha_cumprod
+
+    def _get_variance(self, timestep: int, prev_timestep: int) -> Tensor:
         """sigma^2 at eta = 1 (Song 2021, eq. 16)."""
+        alpha_bar, alpha_bar_prev = self._alpha_bar(timestep), self._alpha_bar(prev_timestep)
         return ((1 - alpha_bar_prev) / (1 - alpha_bar)) * (1 - alpha_bar / alpha_bar_prev)
 
     @staticmethod

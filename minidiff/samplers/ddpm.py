@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from miniclip.output import ModelOutput
+from minidiff.habits import DDPM_LEFT_OUT
 from minidiff.schedule import Generators, ScheduleConfig, Scheduler, randn, spaced_timesteps, to_x0
 
 
@@ -49,13 +50,14 @@ class DDPMScheduler(Scheduler):
     """Ho 2020, Algorithm 2: fresh noise at every step but the last, so it needs many steps."""
 
     config_class = DDPMConfig
+    left_out = DDPM_LEFT_OUT
     custom_timesteps = False
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: torch.device | str | None = None,
                       timesteps: Sequence[int] | None = None) -> None:
         """Choose `num_inference_steps` timesteps by the config's spacing, or give them,
         in descending order."""
-        T = self.config.num_train_timesteps
+        T = len(self)
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("give either num_inference_steps or timesteps")
         if timesteps is None:
@@ -64,7 +66,7 @@ class DDPMScheduler(Scheduler):
             chosen = spaced_timesteps(self.config.timestep_spacing, num_inference_steps, T,
                                       self.config.steps_offset)
         else:
-            chosen = list(timesteps)
+            chosen = [int(t) for t in timesteps]
         if not chosen or any(b >= a for a, b in zip(chosen, chosen[1:], strict=False)):
             raise ValueError(f"timesteps must be in descending order and not empty, got {chosen[:8]}")
         if chosen[0] >= T or chosen[-1] < 0:
@@ -74,16 +76,16 @@ class DDPMScheduler(Scheduler):
         self.custom_timesteps = timesteps is not None
         self.timesteps = torch.tensor(chosen, dtype=torch.int64, device=device)
 
-    def previous_timestep(self, timestep: int | Tensor) -> int:
+    def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
         """The next lower entry of the schedule, -1 below the last; t - 1 if no schedule was set."""
-        t = int(timestep)
         if not (self.custom_timesteps or self.num_inference_steps):
-            return t - 1
+            return timestep - 1
+        t = int(timestep)
         schedule = self.timesteps.tolist()
         if t not in schedule:
             raise ValueError(f"timestep {t} is not in the schedule {schedule[:4]} ... {schedule[-1]}")
         following = schedule[schedule.index(t) + 1:]
-        return following[0] if following else -1
+        return torch.tensor(following[0] if following else -1)
 
     def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, generator: Generators = None,
              return_dict: bool = True) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
@@ -109,7 +111,7 @@ class DDPMScheduler(Scheduler):
 
     def _alpha_bars(self, t: int) -> tuple[Tensor, Tensor]:
         """alpha_bar at t and at the previous timestep; 1 below the schedule, where x is clean."""
-        previous = self.previous_timestep(t)
+        previous = int(self.previous_timestep(t))
         return self.alphas_cumprod[t], self.alphas_cumprod[previous] if previous >= 0 else torch.tensor(1.0)
 
     def _get_variance(self, t: int, predicted_variance: Tensor | None = None,

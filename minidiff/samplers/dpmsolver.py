@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from miniclip.config import ConfigError
+from miniclip.habits import settle
+from minidiff.habits import DPM_LEFT_OUT, SET_TIMESTEPS_REFUSED
 from minidiff.samplers.base import (
     SchedulerOutput,
     SigmaScheduler,
@@ -126,36 +128,40 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
     """One evaluation of the model a step; the higher orders reuse the outputs of the steps before."""
 
     config_class = DPMSolverMultistepConfig
+    left_out = DPM_LEFT_OUT
 
-    def __init__(self, config: DPMSolverMultistepConfig | None = None, **fields):
-        super().__init__(config, **fields)
-        # lambda_t of the training timesteps, for lambda_min_clipped
-        self.lambda_t = torch.log(self.alphas_cumprod.sqrt()) - torch.log((1 - self.alphas_cumprod).sqrt())
+    def __init__(self, config: DPMSolverMultistepConfig | None = None, *by_place, **fields):
+        super().__init__(config, *by_place, **fields)
+        # of the training timesteps, for lambda_min_clipped
+        self.alpha_t, self.sigma_t = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
+        self.lambda_t = torch.log(self.alpha_t) - torch.log(self.sigma_t)
         self.model_outputs: list[Tensor] = []   # converted answers of the last steps, newest last
 
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
         device: torch.device | str | None = None,
+        mu: float | None = None,
         timesteps: Sequence[int] | None = None,
     ) -> None:
         """Chooses n timesteps by the config's spacing, or takes them; then their levels sigma."""
+        settle("set_timesteps", {"mu": mu}, {}, SET_TIMESTEPS_REFUSED)
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("give either num_inference_steps or timesteps")
         c = self.config
         if timesteps is None:
-            check_steps(num_inference_steps, c.num_train_timesteps)
+            check_steps(num_inference_steps, len(self))
         elif c.use_karras_sigmas or c.use_lu_lambdas or c.use_exponential_sigmas or c.use_beta_sigmas:
             raise ValueError("timesteps cannot be given together with a spacing of sigmas")
         times = self._spaced(num_inference_steps) if timesteps is None else [int(t) for t in timesteps]
-        times, levels = self._levels(checked_timesteps(times, c.num_train_timesteps), num_inference_steps)
+        times, levels = self._levels(checked_timesteps(times, len(self)), num_inference_steps)
         self.num_inference_steps = len(times)
         self._set_levels([int(t) for t in times], [*levels, self._last_sigma()], device, torch.int64)
         self.model_outputs = []
 
     def _spaced(self, n: int) -> list[int]:
         """One timestep more than wanted, of which the lowest is dropped, save for `trailing`."""
-        c, T = self.config, self.config.num_train_timesteps
+        c, T = self.config, len(self)
         last = T - bisect.bisect_left(self.lambda_t.flip(0).tolist(), c.lambda_min_clipped)
         if c.timestep_spacing == "trailing":
             stride = last - (last - T / n)                                  # as numpy's arange rounds it
@@ -169,9 +175,9 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
             logs = self.train_sigmas.log()
             levels = [math.exp(x) for x in linspace(logs[-1].item(), logs[0].item(), n)]
         elif c.use_flow_sigmas:
-            noise = [1.0 - a for a in linspace(1, 1 / c.num_train_timesteps, (n or len(times)) + 1)]
+            noise = [1.0 - a for a in linspace(1, 1 / len(self), (n or len(times)) + 1)]
             levels = [c.flow_shift * s / (1 + (c.flow_shift - 1) * s) for s in noise][:0:-1]
-            return [s * c.num_train_timesteps for s in levels], levels
+            return [s * len(self) for s in levels], levels
         else:
             levels = self._respace(table[::-1], n)
         if levels is None:

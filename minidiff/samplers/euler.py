@@ -42,8 +42,8 @@ class EulerDiscreteScheduler(EulerBase):
 
     config_class = EulerDiscreteConfig
 
-    def __init__(self, config: EulerDiscreteConfig | None = None, **fields):
-        super().__init__(config, **fields)
+    def __init__(self, config: EulerDiscreteConfig | None = None, *by_place, **fields):
+        super().__init__(config, *by_place, **fields)
         if self._continuous():
             self.timesteps = 0.25 * self.sigmas[:-1].log()
 
@@ -72,7 +72,7 @@ class EulerDiscreteScheduler(EulerBase):
 
     def _choose(self, n: int | None, given: Sequence[float] | None) -> tuple[list[float], list[float]]:
         if given is None:
-            check_steps(n, self.config.num_train_timesteps)
+            check_steps(n, len(self))
         times = self._spaced(n) if given is None else [float(t) for t in given]
         n = len(times)
         # sigma is read at the rounded timesteps

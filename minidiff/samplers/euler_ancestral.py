@@ -36,7 +36,7 @@ class EulerAncestralDiscreteScheduler(EulerBase):
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Chooses n timesteps by the config's spacing, and their levels sigma with a 0 at the end."""
-        check_steps(num_inference_steps, self.config.num_train_timesteps)
+        check_steps(num_inference_steps, len(self))
         times = torch.tensor(self._spaced(num_inference_steps), dtype=torch.float32).tolist()
         table = self.train_sigmas.tolist()
         self.num_inference_steps = num_inference_steps

@@ -15,7 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from minidiff.habits import LCM_LEFT_OUT
 from minidiff.samplers.base import SchedulerOutput, check_steps, checked_timesteps
+from minidiff.samplers.ddpm import DDPMScheduler
 from minidiff.schedule import Generators, ScheduleConfig, Scheduler, randn, to_x0
 
 SIGMA_DATA = 0.5  # the data's deviation in the boundary scalings
@@ -52,6 +54,8 @@ class LCMScheduler(Scheduler):
     """Multistep consistency sampling, for distilled models only; 1 to 8 steps are usual."""
 
     config_class = LCMConfig
+    left_out = LCM_LEFT_OUT
+    custom_timesteps = False
     step_index: int | None = None
     begin_index: int | None = None
 
@@ -69,7 +73,7 @@ class LCMScheduler(Scheduler):
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("give either num_inference_steps or timesteps")
-        T = self.config.num_train_timesteps
+        T = len(self)
         if timesteps is None:
             original = (self.config.original_inference_steps if original_inference_steps is None
                         else original_inference_steps)
@@ -81,12 +85,13 @@ class LCMScheduler(Scheduler):
             self.num_inference_steps = n = len(timesteps)
             chosen = timesteps[max(n - min(int(n * strength), n), 0) :]
         self.timesteps = torch.tensor(checked_timesteps([int(t) for t in chosen], T), device=device)
+        self.custom_timesteps = timesteps is not None
         self.step_index = self.begin_index = None
 
     def _choose(self, n: int, original: int, strength: float) -> list[int]:
         """n entries, evenly taken, of the distillation's timesteps k - 1, 2k - 1, ...
         with k = T // original."""
-        T = self.config.num_train_timesteps
+        T = len(self)
         check_steps(n, T)
         check_steps(original, T)
         known = [i * (T // original) - 1 for i in range(1, int(original * strength) + 1)][::-1]
@@ -99,9 +104,11 @@ class LCMScheduler(Scheduler):
         """Where the walk starts."""
         self.begin_index = begin_index
 
-    def index_for_timestep(self, timestep: int | Tensor) -> int:
+    previous_timestep = DDPMScheduler.previous_timestep     # as upstream; `step` goes by the place
+
+    def index_for_timestep(self, timestep: int | Tensor, schedule_timesteps: Tensor | None = None) -> int:
         """The place of a timestep in the schedule."""
-        schedule = self.timesteps.tolist()
+        schedule = (self.timesteps if schedule_timesteps is None else schedule_timesteps).tolist()
         if int(timestep) not in schedule:
             raise ValueError(f"timestep {int(timestep)} is not in the schedule {schedule[:8]}")
         return schedule.index(int(timestep))
@@ -141,3 +148,5 @@ class LCMScheduler(Scheduler):
         scaled = timestep * self.config.timestep_scaling
         c_skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
         return c_skip, scaled / (scaled**2 + SIGMA_DATA**2) ** 0.5
+
+    get_scalings_for_boundary_condition_discrete = boundary_scalings

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from minidiff.habits import PNDM_LEFT_OUT
 from minidiff.samplers.base import SchedulerOutput, check_steps, checked_timesteps
 from minidiff.schedule import ScheduleConfig, Scheduler, spaced_timesteps, to_eps
 
@@ -34,9 +35,12 @@ class PNDMScheduler(Scheduler):
     """Deterministic, and with a memory of past steps: call set_timesteps before every walk."""
 
     config_class = PNDMConfig
+    left_out = PNDM_LEFT_OUT
+    prk_timesteps: list[int] | None = None      # of the Runge-Kutta start
+    plms_timesteps: list[int] | None = None     # of all that follows it
 
-    def __init__(self, config: PNDMConfig | None = None, **fields):
-        super().__init__(config, **fields)
+    def __init__(self, config: PNDMConfig | None = None, *by_place, **fields):
+        super().__init__(config, *by_place, **fields)
         self.final_alpha_cumprod = (torch.tensor(1.0) if self.config.set_alpha_to_one
                                     else self.alphas_cumprod[0])
         self._restart()
@@ -44,7 +48,7 @@ class PNDMScheduler(Scheduler):
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Chooses the timesteps by the config's spacing, some of them twice: the model is asked once for
         each."""
-        c, T, n = self.config, self.config.num_train_timesteps, num_inference_steps
+        c, T, n = self.config, len(self), num_inference_steps
         check_steps(n, T)
         spaced = spaced_timesteps(c.timestep_spacing, n, T, c.steps_offset)
         if c.skip_prk_steps:
@@ -52,14 +56,14 @@ class PNDMScheduler(Scheduler):
         else:
             prk, plms = self._prk_timesteps(spaced), spaced[3:]
         self.timesteps = torch.tensor(checked_timesteps(prk + plms, T), device=device)
-        self.prk_timesteps, self.num_inference_steps = prk, n
+        self.prk_timesteps, self.plms_timesteps, self.num_inference_steps = prk, plms, n
         self._restart()
 
     def _prk_timesteps(self, spaced: list[int]) -> list[int]:
         """Three Runge-Kutta steps a -> b, each at a, halfway, halfway and b."""
         if len(spaced) < 4:
             raise ValueError(f"{len(spaced)} steps: the Runge-Kutta start needs 4 (or set skip_prk_steps)")
-        half = self.config.num_train_timesteps // len(spaced) // 2
+        half = len(self) // len(spaced) // 2
         return [t for a, b in zip(spaced[:3], spaced[1:4], strict=True) for t in (a, b + half, b + half, b)]
 
     def _restart(self) -> None:
@@ -71,7 +75,7 @@ class PNDMScheduler(Scheduler):
     def _stride(self) -> int:
         if self.num_inference_steps is None:
             raise ValueError("call set_timesteps before step")
-        return self.config.num_train_timesteps // self.num_inference_steps
+        return len(self) // self.num_inference_steps
 
     def step(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True

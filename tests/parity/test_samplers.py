@@ -5,6 +5,7 @@ A stand-in for the UNet answers from (x, t), the same for both; every step's sam
 since numpy's logarithm is not torch's.
 """
 
+import inspect
 import itertools
 import logging
 import math
@@ -15,6 +16,7 @@ import torch
 
 from minidiff import samplers
 from minidiff.samplers.ddpm import DDPMScheduler
+from tests.parity.test_pipeline import family, run
 
 diffusers = pytest.importorskip("diffusers")
 torch.set_num_threads(1)
@@ -289,11 +291,9 @@ def test_from_config_across_samplers(source, target):
         ours = {"DDPMScheduler": DDPMScheduler, **{n: getattr(samplers, n) for n in GRID}}
         a = ours[target].from_config(ours[source](**config).config)
         b = getattr(diffusers, target).from_config(getattr(diffusers, source)(**config).config)
-        for field in a.config.keys():
-            if field in b.config:
-                theirs = b.config[field]
-                assert getattr(a.config,
-                               field) == (tuple(theirs) if isinstance(theirs, list) else theirs), field
+        for field in set(a.config) & set(b.config) - {"_use_default_values"}:
+            theirs = b.config[field]
+            assert a.config[field] == (tuple(theirs) if isinstance(theirs, list) else theirs), field
         a.set_timesteps(10)
         b.set_timesteps(10)
         assert relative(a.timesteps.double(), b.timesteps.double()) <= 1e-6
@@ -310,3 +310,95 @@ def test_config_files_both_ways(tmp_path, name):
     assert a.config == ours.config
     for field, value in ours.config.to_dict().items():
         assert b.config[field] == value
+
+
+# -------------------------------------------------------------------------- every public name, every argument
+
+# what goes into a config and comes out of it (tests/test_minidiff_samplers.py calls them)
+REWORDED = {"from_config", "from_pretrained", "load_config"}
+UNREAD = {"args", "kwargs", "options"}      # upstream's catch arguments of earlier versions
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_every_public_name_is_here_or_says_why_not(name):
+    ours, theirs = build(name, {})
+    reasons = {k for kind in type(ours).__mro__ for k in vars(kind).get("left_out", ())}
+    public = {n for n in dir(theirs) if not n.startswith("_")}
+    assert {n for n in public if not hasattr(ours, n)} == reasons
+    for method in public - reasons - REWORDED:
+        if callable(getattr(theirs, method)):
+            wanted, found = (list(inspect.signature(getattr(s, method)).parameters.values())
+                             for s in (theirs, ours))
+            names = [p.name for p in wanted if p.name not in UNREAD]
+            assert [p.name for p in found if p.name not in UNREAD][:len(names)] == names, method
+            given = {p.name: p.default for p in found if p.default is not p.empty}
+            assert all(p.default == given.get(p.name, p.default) for p in wanted), method
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_arguments_by_place_mean_the_same(name):
+    """But ours travel as what was given; upstream takes them for defaults, and loses them in from_config."""
+    ours, theirs = (getattr(library, name)(200, 0.001, 0.01, "linear", None)
+                    for library in (samplers, diffusers))
+    assert torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
+    assert "beta_end" in ours.config.given and "beta_end" in theirs.config["_use_default_values"]
+
+
+def test_small_methods_give_upstreams_numbers():
+    ours, theirs = build("DDIMScheduler", {"set_alpha_to_one": False})
+    for t, t_prev in ((0, -20), (20, 0), (420, 400), (999, 998)):
+        assert torch.equal(ours._get_variance(t, t_prev), theirs._get_variance(t, t_prev))
+    for name, kwargs in (("DDPMScheduler", {}), ("LCMScheduler", {"original_inference_steps": 100})):
+        ours, theirs = build(name, {})
+        for scheduler in (ours, theirs):
+            scheduler.set_timesteps(7, **kwargs)
+        assert [ours.previous_timestep(t) for t in ours.timesteps] == \
+               [theirs.previous_timestep(t) for t in theirs.timesteps]
+    for t in (0, 5, 999):
+        assert [float(c) for c in ours.boundary_scalings(t)] == \
+               [float(c) for c in theirs.get_scalings_for_boundary_condition_discrete(t)]
+    for skip, n in itertools.product((True, False), (4, 10, 50)):
+        ours, theirs = build("PNDMScheduler", {"skip_prk_steps": skip})
+        for scheduler in (ours, theirs):
+            scheduler.set_timesteps(n)
+        assert ours.prk_timesteps == list(theirs.prk_timesteps)
+        assert ours.plms_timesteps == list(theirs.plms_timesteps)
+    ours, theirs = build("DPMSolverMultistepScheduler", {})
+    for table in ("alpha_t", "sigma_t", "lambda_t"):
+        assert torch.equal(getattr(ours, table), getattr(theirs, table))
+
+
+# ------------------------------------------------------------------------ our samplers in diffusers' pipeline
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = family("sd1", tmp_path_factory.mktemp("sd1"))
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    return {**pipe.components, "requires_safety_checker": False}
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.filterwarnings("ignore")
+def test_the_same_picture_from_a_pipeline_of_diffusers(parts, name, early):
+    """Also where that pipeline mends an early SD 1 config, and after a swap back to diffusers' own sampler.
+
+    Its from_pretrained(scheduler=...) takes none but SchedulerMixin; the constructor and `pipe.scheduler` do.
+    """
+    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    config |= {} if early else {"steps_offset": 1}
+    if name == "PNDMScheduler":
+        config["skip_prk_steps"] = True
+    found = []
+    for scheduler in build(name, config):
+        pipe = diffusers.StableDiffusionPipeline(**{**parts, "scheduler": scheduler})
+        pipe.set_progress_bar_config(disable=True)
+        steps, picture = run(pipe, prompt="a herb shop", num_inference_steps=4)
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+        more, _ = run(pipe, prompt="a herb shop", num_inference_steps=2)
+        found.append((steps + more, picture))
+    for a, b in zip(found[0][0], found[1][0], strict=True):
+        assert relative(a, b) <= 1e-5
+    assert (found[0][1] - found[1][1]).abs().max() <= 1 / 255

@@ -106,10 +106,12 @@ def test_folders_written_by_transformers(tmp_path, variant, max_shard_size):
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
 @pytest.mark.parametrize("max_shard_size", [10**10, 20_000])
-def test_our_shards_open_in_diffusers(tmp_path, variant, max_shard_size):
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_our_shards_open_in_diffusers(tmp_path, variant, max_shard_size, kind):
     theirs = diffusers.AutoencoderKL(**VAE)
     theirs.save_config(tmp_path)
     weights._save_shards(theirs.state_dict(), str(tmp_path), "diffusion_pytorch_model", variant,
-                         max_shard_size)
-    again = diffusers.AutoencoderKL.from_pretrained(tmp_path, variant=variant)
+                         max_shard_size, kind)
+    again = diffusers.AutoencoderKL.from_pretrained(tmp_path, variant=variant,
+                                                    use_safetensors=kind == "safetensors")
     same(again.state_dict(), theirs.state_dict())
