@@ -263,7 +263,7 @@ def to_x0_unscaled(kind: str, output: Tensor, x: Tensor, sigma: Tensor, sigma_ha
 class Scheduler(SchedulerHabits):
     """Base of the samplers: config in and out, the tables, and the forward process.
 
-    Built from its config or from the config's fields; saved, and shown, by SchedulerHabits. `len(scheduler)` is T.
+    Built from its config or from the config's fields. SchedulerHabits writes the file. `len(scheduler)` is T.
     The tables `betas`, `alphas`, `alphas_cumprod` [T] are float32 on the CPU. Nothing here is a module: no
     training or EMA step can touch the tables.
     """
