@@ -418,7 +418,7 @@ def test_what_is_left_out_says_what_to_do(cls):
 
 @every_class
 def test_fields_can_be_read_from_the_sampler(cls):
-    with pytest.warns(FutureWarning, match="read \.config\.beta_end"):
+    with pytest.warns(FutureWarning, match=r"read \.config\.beta_end"):
         assert cls(beta_end=0.5).beta_end == 0.5
     for copied in (copy.deepcopy(cls(beta_end=0.5)), pickle.loads(pickle.dumps(cls(beta_end=0.5)))):
         assert copied.config.beta_end == 0.5
