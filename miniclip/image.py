@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from miniclip.config import Config, ConfigError
-from miniclip.tokenizer import CLIPTokenizer, Encoding
+from miniclip.encoding import Encoding
+from miniclip.tokenizer import CLIPTokenizer
 from miniclip.weights import need_folder, read_json, write_json
 
 OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pictures that OpenAI trained on, in 0..1
