@@ -396,8 +396,10 @@ class Tokenizer:
         for row in rows:
             rest = width - len(row["input_ids"])
             for name, values in {"attention_mask": [1] * len(row["input_ids"]), **row}.items():
-                more = [fills[name]] * rest if name in fills else []
-                columns.setdefault(name, []).append(values + more if side == "right" else more + values)
+                if name in fills:
+                    more = [fills[name]] * rest
+                    values = values + more if side == "right" else more + values
+                columns.setdefault(name, []).append(values)
         return {name: values for name, values in columns.items() if values or not rows}
 
     def encode(self, text: str, text_pair: str | None = None, add_special_tokens: bool = True,
@@ -441,12 +443,12 @@ class Tokenizer:
         """The text of a row of ids, or of one id; of many rows, [N, S] or lists, a list of texts.
 
         clean_up_tokenization_spaces drops the blanks before punctuation; the default is the attribute of
-        that name, which is False.
+        that name, which is False, whatever files say: as in transformers 5.
         """
         rows = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
         rows = [rows] if isinstance(rows, int) else list(rows)
         if rows and not isinstance(rows[0], int):
-            if not hasattr(rows[0], "__len__") and hasattr(rows[0], "item"):    # numbers of numpy or torch
+            if getattr(rows[0], "ndim", 1) == 0:                                # numbers of numpy or torch
                 rows = [row.item() for row in rows]
             else:
                 return self.batch_decode(rows, skip_special_tokens, clean_up_tokenization_spaces)

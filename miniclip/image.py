@@ -360,15 +360,16 @@ class CLIPProcessor(ProcessorHabits):
 
     def __call__(
         self, text: Any = None, images: Any = None, return_tensors: str | None = "pt", *,
-        text_kwargs: dict[str, Any] | None = None, images_kwargs: dict[str, Any] | None = None, **options: Any
+        text_kwargs: dict[str, Any] | None = None, images_kwargs: dict[str, Any] | None = None,
+        common_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> Encoding:
         """input_ids, attention_mask [N, S] for the text, pixel_values [M, 3, n, n] for the pictures.
 
         Pictures may come first, as in transformers 5: what is a picture is told by its kind. A path is taken
         for a text unless it is named, images="a.png".
         options go to the tokenizer (padding, truncation, max_length) or, if they are its fields, to the image
-        processor; text_kwargs and images_kwargs to the one or the other. Raises ValueError if both are
-        missing.
+        processor; text_kwargs and images_kwargs to the one or the other, common_kwargs as options. Raises
+        ValueError if both text and images are missing, or for an option that is given twice.
         """
         if is_picture(text):
             text, images = images, text
@@ -376,13 +377,15 @@ class CLIPProcessor(ProcessorHabits):
             raise ValueError("CLIPProcessor: text and images are both missing")
         if text is not None and self.tokenizer is None:
             raise ValueError("CLIPProcessor: text was given, but the processor has no tokenizer")
+        options = once(common_kwargs, options)
+        return_tensors = options.pop("return_tensors", return_tensors)
         of_images, of_text = self.sorted(options)
         out = Encoding()
         if text is not None:
-            chosen = {"return_tensors": return_tensors, **of_text, **(text_kwargs or {})}
+            chosen = {"return_tensors": return_tensors, **once(of_text, text_kwargs)}
             out.update(self.tokenizer(text, **chosen))
         if images is not None:
-            chosen = {"return_tensors": return_tensors, **of_images, **(images_kwargs or {})}
+            chosen = {"return_tensors": return_tensors, **once(of_images, images_kwargs)}
             out.update(self.image_processor(images, **chosen))
         return out
 
@@ -414,6 +417,16 @@ class CLIPProcessor(ProcessorHabits):
         names = {*CLIPImageProcessor.field_names(), "input_data_format", "data_format", "device"}
         return ({name: value for name, value in options.items() if name in names},
                 {name: value for name, value in options.items() if name not in names})
+
+
+def once(*options: dict[str, Any] | None) -> dict[str, Any]:
+    """All options in one. Raises ValueError for one that is given twice."""
+    joined: dict[str, Any] = {}
+    for given in options:
+        if twice := joined.keys() & (given or {}).keys():
+            raise ValueError(f"CLIPProcessor: {', '.join(sorted(twice))} is given twice")
+        joined.update(given or {})
+    return joined
 
 
 def is_picture(value: Any) -> bool:

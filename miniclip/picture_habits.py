@@ -88,6 +88,11 @@ class ProcessorHabits(LeftOut):
     })
     chat_template = None
 
+    @staticmethod
+    def get_attributes() -> list[str]:
+        """The names of its parts."""
+        return ["image_processor", "tokenizer"]
+
     @property
     def model_input_names(self) -> list[str]:
         """What a call returns for a picture and for a text."""

@@ -31,6 +31,7 @@ READING_IDLE: Table = {**LOADING_IDLE, **table({
 })}
 READING_REFUSED: Table = {**LOADING_REFUSED, **table({
     "vocab_file merges_file tokenizer_file": "give the folder that holds them",
+    "padding truncation max_length return_tensors add_special_tokens": "give it in the call",
     "chat_template": "CLIP's text tower does not chat",
     "split_special_tokens": "take special tokens out of strangers' text before",
 })}
@@ -77,7 +78,7 @@ def added_entries(described: Any) -> dict[str, dict[str, Any]]:
     passed over."""
     if isinstance(described, dict):
         described = [{**entry, "id": int(i)} for i, entry in described.items()
-                     if isinstance(entry, dict) and i.isdecimal()]
+                     if isinstance(entry, dict) and i.isdecimal() and len(i) < 10]
     return {entry["content"]: entry for entry in (described if isinstance(described, list) else ())
             if isinstance(entry, dict) and isinstance(entry.get("content"), str) and "id" in entry}
 

@@ -348,6 +348,8 @@ class CLIPTokenizer(TextHabits):
             if not isinstance(i, int) or isinstance(i, bool) or i < 0:
                 raise TokenizerError(f"{folder}: vocabulary: the id of {symbol!r} is {i!r}, not a number "
                                      "from 0")
+        extra = found.get("extra_special_tokens", [])
+        found["extra_special_tokens"] = [token for token in extra if token in vocab or token in ids]
         found["cleaned_tokens"] = [token for token, entry in added.items() if entry.get("normalized") is True]
         own, special = sort_options(cls, options, {**ids, **vocab})
         tokenizer = cls(vocab, merges, **{**found, "added_tokens": ids, **own})
@@ -374,8 +376,8 @@ class CLIPTokenizer(TextHabits):
             special["additional_special_tokens"] = self.extra_special_tokens   # 4 and 5 read this name
         config = {"tokenizer_class": "CLIPTokenizer", **special, "model_max_length": self.model_max_length}
         config |= {} if self.rules == "transformers" else {"rules": self.rules}  # a field of ours
-        plain = {"padding_side": "right", "truncation_side": "right", "clean_up_tokenization_spaces": False}
-        config |= {k: getattr(self, k) for k, v in plain.items() if getattr(self, k) != v}
+        config |= {k: getattr(self, k) for k in ("padding_side", "truncation_side")
+                   if getattr(self, k) != "right"}
         config |= self.added_config()
         values = {"special_tokens_map.json": special,
                   "tokenizer_config.json": {**config, "add_prefix_space": False, "do_lower_case": True},
@@ -472,10 +474,8 @@ def _options(folder: str) -> tuple[dict[str, Any], dict[str, dict]]:
             if isinstance(values.get(key), str):
                 found[key] = values[key]
         for key in ("extra_special_tokens", "additional_special_tokens"):
-            if is_texts(tokens := [_content(t) for t in values.get(key) or ()]) and tokens:
+            if isinstance(values.get(key), list) and is_texts(tokens := list(map(_content, values[key]))):
                 found["extra_special_tokens"] = tokens
-        if isinstance(values.get("clean_up_tokenization_spaces"), bool):
-            found["clean_up_tokenization_spaces"] = values["clean_up_tokenization_spaces"]
         length = values.get("model_max_length")
         if isinstance(length, (int, float)) and 2 <= length < 1e9:  # transformers writes 1e30 for "no limit"
             found["model_max_length"] = int(length)

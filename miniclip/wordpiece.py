@@ -133,7 +133,8 @@ class BertTokenizer(TextHabits):
         length = settings.get("model_max_length")
         if isinstance(length, int) and 2 <= length < 1e9:
             found["model_max_length"] = length
-        added = added_entries(settings.get("added_tokens_decoder"))
+        decoder = settings.get("added_tokens_decoder")
+        added = added_entries(decoder) if isinstance(decoder, dict) else {}
         found["added_tokens"] = {token: entry["id"] for token, entry in added.items()}
         found["cleaned_tokens"] = [token for token, entry in added.items() if entry.get("normalized") is True]
         own, special = sort_options(cls, options, {**found["added_tokens"], **vocab})
