@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 
 from miniclip.config import Config, ConfigError
-from miniclip.tokenizer import CLIPTokenizer, Encoding
+from miniclip.encoding import Encoding
+from miniclip.habits import LOADING_REFUSED, SAVING_IDLE, SAVING_REFUSED, settle
+from miniclip.picture_habits import PICTURE_IDLE, PictureHabits, ProcessorHabits
+from miniclip.tokenizer import CLIPTokenizer
 from miniclip.weights import need_folder, read_json, write_json
 
 OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pictures that OpenAI trained on, in 0..1
@@ -135,18 +138,24 @@ def pillow_to_rgb(image: Any, alpha: str) -> Any:
 
 
 def pillow_to_tensor(image: Any) -> Tensor:
-    """A Pillow picture of mode RGB -> uint8 [3, H, W]."""
+    """A Pillow picture of mode L, RGB or RGBA -> uint8 [1, 3 or 4, H, W]."""
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return flat.view(image.height, image.width, 3).permute(2, 0, 1)
+    return flat.view(image.height, image.width, -1).permute(2, 0, 1)
 
 
-def array_to_tensor(image: Any) -> Tensor:
-    """A tensor [C, H, W] or [H, W], or a numpy array [H, W, C], [C, H, W] or [H, W] -> uint8 [C, H, W]."""
+def array_to_tensor(image: Any, layout: str | None = None) -> Tensor:
+    """A tensor or a numpy array, [C, H, W], [H, W, C] or [H, W] -> uint8 [C, H, W].
+
+    layout: "channels_first" or "channels_last"; without it, it is found by which axis has 1, 3 or 4 entries:
+    of two such axes the first of a tensor, the last of an array.
+    """
     x = image if isinstance(image, Tensor) else torch.from_numpy(image.copy())
     if x.ndim == 2:
         x = x[None]
-    elif not isinstance(image, Tensor) and x.ndim == 3 and x.shape[2] in (1, 3, 4):
-        x = x.permute(2, 0, 1)
+    elif x.ndim == 3:
+        first, last = x.shape[0] in (1, 3, 4), x.shape[2] in (1, 3, 4)
+        found = last and not (first and isinstance(image, Tensor))
+        x = x.permute(2, 0, 1) if (found if layout is None else layout == "channels_last") else x
     if x.dtype != torch.uint8 or x.ndim != 3 or x.shape[0] not in (1, 3, 4):
         raise ImageError(f"picture of {x.dtype}, shape {list(x.shape)}: expected uint8 with 1, 3 or 4 "
                          "channels")
@@ -166,26 +175,26 @@ def tensor_to_rgb(x: Tensor, alpha: str) -> Tensor:
 
 
 @dataclass(frozen=True)
-class CLIPImageProcessor(Config):
+class CLIPImageProcessor(PictureHabits, Config):
     """Pictures -> pixel_values [N, 3, n, n]. Fields are those of preprocessor_config.json,
     defaults upstream's.
 
-    A picture is a Pillow image, a path, a uint8 tensor [C, H, W] or a numpy array.
+    A picture is a Pillow image, a path, a uint8 tensor or a numpy array, see array_to_tensor.
     alpha: "white" (transformers 5: composited on white), "drop" (transformers 4), "drop_after_resize"
     (OpenAI). crop_rounding: see center_crop.
     """
 
-    do_resize: bool = True
+    do_resize: bool | None = True  # None is False, here and below
     size: Any = 224  # {"shortest_edge": n} or n; {"height", "width"} distorts
     resample: int = 3  # 2 bilinear, 3 bicubic
-    do_center_crop: bool = True
+    do_center_crop: bool | None = True
     crop_size: Any = 224  # {"height", "width"} or n
-    do_rescale: bool = True
+    do_rescale: bool | None = True
     rescale_factor: float = 1 / 255
-    do_normalize: bool = True
+    do_normalize: bool | None = True
     image_mean: tuple[float, ...] = OPENAI_CLIP_MEAN
     image_std: tuple[float, ...] = OPENAI_CLIP_STD
-    do_convert_rgb: bool = True
+    do_convert_rgb: bool | None = True  # False leaves 1, 3 or 4 channels, with as many means
     alpha: str = "white"
     crop_rounding: str = "floor"
 
@@ -202,10 +211,12 @@ class CLIPImageProcessor(Config):
             object.__setattr__(self, "size", {"shortest_edge": self.size})
         if isinstance(self.crop_size, int):
             object.__setattr__(self, "crop_size", {"height": self.crop_size, "width": self.crop_size})
+        for name in ("image_mean", "image_std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         _check_size("size", self.size, ({"shortest_edge"}, {"height", "width"}))
         _check_size("crop_size", self.crop_size, ({"height", "width"},))
         known = {"resample": tuple(FILTERS), "alpha": ("white", "drop", "drop_after_resize"),
-                 "crop_rounding": ("floor", "round"), "do_convert_rgb": (True,)}  # fmt: skip
+                 "crop_rounding": ("floor", "round")}
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ConfigError(f"{name} = {getattr(self, name)!r} is not one of "
@@ -217,8 +228,14 @@ class CLIPImageProcessor(Config):
         return cls(size=n, crop_size=n, alpha="drop_after_resize", crop_rounding="round")
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, subfolder: str | None = None) -> CLIPImageProcessor:
-        """Reads preprocessor_config.json, or the image part of transformers 5's processor_config.json."""
+    def from_pretrained(cls, folder: str | os.PathLike, subfolder: str | None = None,
+                        **options: Any) -> CLIPImageProcessor:
+        """Reads preprocessor_config.json, or the image part of transformers 5's processor_config.json.
+
+        options override fields; upstream's other ones: see miniclip.picture_habits.
+        """
+        habits = {name: options.pop(name) for name in list(options) if name not in cls.field_names()}
+        settle("CLIPImageProcessor.from_pretrained", habits, PICTURE_IDLE, LOADING_REFUSED)
         folder = os.path.join(folder, subfolder) if subfolder else os.fspath(folder)
         need_folder(folder)
         for name in ("preprocessor_config.json", "processor_config.json"):
@@ -227,60 +244,89 @@ class CLIPImageProcessor(Config):
                 values = read_json(path)
                 values = values.get("image_processor", values)
                 if isinstance(values, dict) and (name.startswith("pre") or "image_mean" in values):
-                    return cls.from_dict(values, path)
+                    return cls.from_dict({**values, **options}, path)
         raise ConfigError(f"{folder}: no preprocessor_config.json or processor_config.json with an image "
                           "processor")
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes preprocessor_config.json, which transformers 4 and 5 read;
+    def save_pretrained(self, folder: str | os.PathLike, **habits: Any) -> list[str]:
+        """Writes preprocessor_config.json, which transformers 4 and 5 read, and returns its path;
         ours alone are alpha, crop_rounding."""
+        settle("CLIPImageProcessor.save_pretrained", habits, SAVING_IDLE, SAVING_REFUSED)
         os.makedirs(folder, exist_ok=True)
-        values = {"image_processor_type": "CLIPImageProcessor", **self.to_dict()}
-        write_json(os.path.join(folder, "preprocessor_config.json"), values)
+        path = os.path.join(folder, "preprocessor_config.json")
+        write_json(path, {"image_processor_type": "CLIPImageProcessor", **self.to_dict()})
+        return [path]
 
-    def __call__(self, images: Any, return_tensors: str | None = "pt") -> Encoding:
-        """One picture or a list -> pixel_values float32 [N, 3, n, n];
-        return_tensors=None gives a list of [3, n, n]."""
-        if return_tensors not in (None, "pt"):
-            raise ImageError(f"return_tensors = {return_tensors!r} is not None or 'pt'")
-        batch = isinstance(images, (list, tuple)) or (isinstance(images, Tensor) and images.ndim == 4)
-        pictures = [self.preprocess(image) for image in (images if batch else [images])]
-        if return_tensors == "pt":
-            if len({p.shape for p in pictures}) > 1:
-                raise ImageError(f"pictures of sizes {[list(p.shape[1:]) for p in pictures[:5]]} make no "
-                                 "batch")
-            return Encoding(pixel_values=torch.stack(pictures))
-        return Encoding(pixel_values=pictures)
+    def __call__(
+        self,
+        images: Any,
+        return_tensors: str | None = "pt",
+        *,
+        input_data_format: str | None = None,
+        data_format: str | None = None,
+        device: torch.device | str | None = None,
+        **options: Any,
+    ) -> Encoding:
+        """One picture or a list -> pixel_values float32 [N, 3, n, n], on `device`.
 
-    def preprocess(self, image: Any) -> Tensor:
-        """One picture -> float32 [3, n, n]."""
-        x = self._resized(image)                                                      # uint8 [3, H', W']
+        return_tensors: "pt", "np", or None for a list of [3, n, n]. input_data_format: the layout of arrays
+        and tensors, "channels_first" or "channels_last", in place of a guess. data_format: the result's.
+        options: fields of this processor, for this call. Raises ImageError, ConfigError.
+        """
+        if return_tensors not in (None, "pt", "np"):
+            raise ImageError(f"return_tensors = {return_tensors!r} is not None, 'pt' or 'np'")
+        processor = self.changed(options)
+        pictures = [processor.process(image, input_data_format) for image in _flat(images)]
+        if data_format == "channels_last":
+            pictures = [picture.permute(1, 2, 0) for picture in pictures]
+        pictures = [picture.to(device) for picture in pictures]
+        if return_tensors is None:
+            return Encoding(pixel_values=pictures)
+        if len({p.shape for p in pictures}) > 1:
+            raise ImageError(f"pictures of sizes {[list(p.shape[1:]) for p in pictures[:5]]} make no "
+                             "batch")
+        batch = torch.stack(pictures)
+        return Encoding(pixel_values=batch.numpy() if return_tensors == "np" else batch)
+
+    def preprocess(self, images: Any, return_tensors: str | None = "pt", **options: Any) -> Encoding:
+        """The same as a call."""
+        return self(images, return_tensors, **options)
+
+    def process(self, image: Any, layout: str | None = None) -> Tensor:
+        """One picture -> float32 [3, n, n]. layout: of an array or tensor, see array_to_tensor."""
+        x = self._resized(image, layout)                                              # uint8 [3, H', W']
         if self.do_center_crop:
             x = center_crop(x, self.crop_size["height"], self.crop_size["width"], self.crop_rounding)
         x = (x.double() * self.rescale_factor).float() if self.do_rescale else x.float()
         if self.do_normalize:
             mean, std = torch.tensor(self.image_mean), torch.tensor(self.image_std)
+            if not len(mean) == len(std) == len(x):
+                raise ImageError(f"a picture of {len(x)} channels, but {len(mean)} in image_mean and "
+                                 f"{len(std)} in image_std")
             x = (x - mean[:, None, None]) / std[:, None, None]
         return x
 
-    def _resized(self, image: Any) -> Tensor:
+    def _resized(self, image: Any, layout: str | None) -> Tensor:
         """Any kind of picture -> RGB uint8 [3, H', W'], resized: Pillow pictures by Pillow,
         the rest by resize()."""
         if isinstance(image, (str, os.PathLike)):
             image = read_image(image)
         if _is_pillow(image):
-            if self.alpha != "drop_after_resize":
+            if not self.do_convert_rgb and image.mode not in ("L", "RGB", "RGBA"):
+                raise ImageError(f"a Pillow picture of mode {image.mode} needs do_convert_rgb=True")
+            if self.do_convert_rgb and self.alpha != "drop_after_resize":
                 image = pillow_to_rgb(image, self.alpha)
             if self.do_resize:
                 height, width = self._target(image.height, image.width)
                 # as torchvision: no mixing of indices
                 resample = 0 if image.mode in ("1", "P") else self.resample
                 image = image.resize((width, height), resample=resample)
-            return pillow_to_tensor(image.convert("RGB"))
+            return pillow_to_tensor(image.convert("RGB") if self.do_convert_rgb else image)
         if not isinstance(image, Tensor) and type(image).__module__ != "numpy":
             raise ImageError(f"{type(image).__name__} is not a picture: give a Pillow image, a path, a "
                              "tensor or array")
-        x = tensor_to_rgb(array_to_tensor(image), self.alpha)
+        x = array_to_tensor(image, layout)
+        x = tensor_to_rgb(x, self.alpha) if self.do_convert_rgb else x
         return resize(x, *self._target(*x.shape[1:]), self.resample) if self.do_resize else x
 
     def _target(self, H: int, W: int) -> tuple[int, int]:
@@ -297,7 +343,14 @@ def _check_size(name: str, size: Any, allowed: tuple[set, ...]) -> None:
                           f"{[sorted(a) for a in allowed]}")
 
 
-class CLIPProcessor:
+def _flat(images: Any) -> list[Any]:
+    """One picture, a batch or lists of lists -> a list of pictures."""
+    if isinstance(images, (list, tuple)):
+        return [picture for image in images for picture in _flat(image)]
+    return list(images) if getattr(images, "ndim", 0) == 4 else [images]
+
+
+class CLIPProcessor(ProcessorHabits):
     """An image processor and a tokenizer in one: `processor(text=[...], images=[...], padding=True)`."""
 
     def __init__(self, image_processor: CLIPImageProcessor | None = None,
@@ -306,33 +359,49 @@ class CLIPProcessor:
         self.tokenizer = tokenizer
 
     def __call__(
-        self, text: Any = None, images: Any = None, return_tensors: str | None = "pt", **options: Any
+        self, text: Any = None, images: Any = None, return_tensors: str | None = "pt", *,
+        text_kwargs: dict[str, Any] | None = None, images_kwargs: dict[str, Any] | None = None,
+        common_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> Encoding:
         """input_ids, attention_mask [N, S] for the text, pixel_values [M, 3, n, n] for the pictures.
 
-        options go to the tokenizer: padding, truncation, max_length. Raises ValueError if both are missing.
+        Pictures may come first, as in transformers 5: what is a picture is told by its kind. A path is taken
+        for a text unless it is named, images="a.png".
+        options go to the tokenizer (padding, truncation, max_length) or, if they are its fields, to the image
+        processor; text_kwargs and images_kwargs to the one or the other, common_kwargs as options. Raises
+        ValueError if both text and images are missing, or for an option that is given twice.
         """
+        if is_picture(text):
+            text, images = images, text
         if text is None and images is None:
             raise ValueError("CLIPProcessor: text and images are both missing")
         if text is not None and self.tokenizer is None:
             raise ValueError("CLIPProcessor: text was given, but the processor has no tokenizer")
+        options = once(common_kwargs, options)
+        return_tensors = options.pop("return_tensors", return_tensors)
+        of_images, of_text = self.sorted(options)
         out = Encoding()
         if text is not None:
-            out.update(self.tokenizer(text, return_tensors=return_tensors, **options))
+            chosen = {"return_tensors": return_tensors, **once(of_text, text_kwargs)}
+            out.update(self.tokenizer(text, **chosen))
         if images is not None:
-            out.update(self.image_processor(images, return_tensors=return_tensors))
+            chosen = {"return_tensors": return_tensors, **once(of_images, images_kwargs)}
+            out.update(self.image_processor(images, **chosen))
         return out
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> CLIPProcessor:
-        """Reads both parts from one local folder."""
-        return cls(CLIPImageProcessor.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder))
+    def from_pretrained(cls, folder: str | os.PathLike, **options: Any) -> CLIPProcessor:
+        """Reads both parts from one local folder. options: fields of the image processor, or options of
+        CLIPTokenizer.from_pretrained."""
+        of_images, of_text = cls.sorted(options)
+        both = {name: of_text[name] for name in of_text if name == "subfolder"}
+        return cls(CLIPImageProcessor.from_pretrained(folder, **of_images, **both),
+                   CLIPTokenizer.from_pretrained(folder, **of_text))
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes both parts into one folder."""
-        self.image_processor.save_pretrained(folder)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
+    def save_pretrained(self, folder: str | os.PathLike, **habits: Any) -> list[str]:
+        """Writes both parts into one folder; the paths of the files."""
+        paths = self.image_processor.save_pretrained(folder, **habits)
+        return paths + list(self.tokenizer.save_pretrained(folder, **habits) if self.tokenizer else ())
 
     def decode(self, ids: Any, **options: Any) -> str:
         """Text of one row of ids; options as the tokenizer's."""
@@ -341,3 +410,27 @@ class CLIPProcessor:
     def batch_decode(self, rows: Any, **options: Any) -> list[str]:
         """Texts of many rows of ids."""
         return self.tokenizer.batch_decode(rows, **options)
+
+    @staticmethod
+    def sorted(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Options of the image processor, and those of the tokenizer, which are all others."""
+        names = {*CLIPImageProcessor.field_names(), "input_data_format", "data_format", "device"}
+        return ({name: value for name, value in options.items() if name in names},
+                {name: value for name, value in options.items() if name not in names})
+
+
+def once(*options: dict[str, Any] | None) -> dict[str, Any]:
+    """All options in one. Raises ValueError for one that is given twice."""
+    joined: dict[str, Any] = {}
+    for given in options:
+        if twice := joined.keys() & (given or {}).keys():
+            raise ValueError(f"CLIPProcessor: {', '.join(sorted(twice))} is given twice")
+        joined.update(given or {})
+    return joined
+
+
+def is_picture(value: Any) -> bool:
+    """Whether it is a Pillow picture, a tensor or an array, or a list that starts with one."""
+    while isinstance(value, (list, tuple)) and value:
+        value = value[0]
+    return _is_pillow(value) or isinstance(value, Tensor) or type(value).__module__ == "numpy"

@@ -1,6 +1,6 @@
 """CLIP's tokenizer: text -> ids and back by byte-level byte-pair encoding (BPE), and training a small one.
 
-Read after model.py; next image.py. Standard library only, torch for the tensors it returns.
+Read after encoding.py; next image.py. Standard library only, torch for the tensors it returns.
 Paper: Sennrich et al. 2016 (BPE); Radford et al. 2021, section 2.4 (the text side of CLIP).
 Mirrors: transformers' CLIPTokenizer and, as `rules="openai"`, clip/simple_tokenizer.py of OpenAI's
 repository.
@@ -22,16 +22,14 @@ from typing import Any
 
 import torch
 
-from miniclip.weights import WeightsError, atomic_write, need_folder, read_json, write_json
+from miniclip.encoding import TokenizerError
+from miniclip.text_habits import TextHabits, added_entries, settle_writing, sort_options
+from miniclip.weights import atomic_write, is_texts, need_folder, read_json, write_json
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 END = "</w>"  # closes the last symbol of a word, so that "a" alone and "a" inside a word differ
 OPENAI_MERGES = 49152 - 256 - 2  # OpenAI's file lists 262,144 merges; CLIP takes the first 48,894
 MAX_FILE_BYTES = 64 * 2**20
-
-
-class TokenizerError(WeightsError):
-    """Tokenizer files or text that cannot be honoured; one line that says which and why."""
 
 
 # ---------------------------------------------------------------------------------------------- text to words
@@ -173,129 +171,7 @@ def learn_merges(counts: Counter[str], number: int) -> list[tuple[str, str]]:
 # -------------------------------------------------------------------------------------------------- tokenizer
 
 
-class Encoding(dict):
-    """What a call returns: `out.input_ids` or `out["input_ids"]`, `model(**out)`, `out.to("cuda")`."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in self:
-            raise AttributeError(f"Encoding has {', '.join(self)}, not {name!r}")
-        return self[name]
-
-    def to(self, device: torch.device | str) -> Encoding:
-        """A copy with its tensors on another device; lists have no device, so ask for return_tensors="pt"."""
-        return Encoding({k: v.to(device) for k, v in self.items()})
-
-
-class Tokenizer:
-    """What CLIP's tokenizer and BERT's share: batches, padding, truncation, ids and symbols.
-
-    A subclass sets vocab, the four special tokens, all_special_tokens,
-    model_max_length and _symbols (id -> symbol), and says how a text becomes ids, text_ids(),
-    and ids a text, decode().
-    """
-
-    def text_ids(self, text: str) -> list[int]:
-        """Hook: ids of a text, without start and end."""
-        raise NotImplementedError
-
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Hook: a text of ids."""
-        raise NotImplementedError
-
-    bos_token_id = property(lambda self: self.vocab[self.bos_token])
-    eos_token_id = property(lambda self: self.vocab[self.eos_token])
-    unk_token_id = property(lambda self: self.vocab[self.unk_token])
-    pad_token_id = property(lambda self: self.vocab[self.pad_token])
-    all_special_ids = property(lambda self: [self.vocab[t] for t in self.all_special_tokens])
-    vocab_size = property(lambda self: len(self.vocab))
-
-    def __len__(self) -> int:
-        return len(self.vocab)
-
-    def get_vocab(self) -> dict[str, int]:
-        """A copy of symbol -> id."""
-        return dict(self.vocab)
-
-    def encode(
-        self, text: str, add_special_tokens: bool = True, truncation: bool = False,
-        max_length: int | None = None
-    ) -> list[int]:
-        """Ids of one text: start, its words, end. With truncation at most max_length ids,
-        the end token kept."""
-        if not isinstance(text, str):
-            raise TokenizerError(f"text = {text!r} is a {type(text).__name__}, not a string")
-        ids = self.text_ids(text)
-        if truncation:
-            room = (self.model_max_length if max_length is None else max_length) - 2 * add_special_tokens
-            if room < 0:
-                raise TokenizerError(f"max_length = {max_length} leaves no room for the start and end tokens")
-            ids = ids[:room]
-        return [self.bos_token_id, *ids, self.eos_token_id] if add_special_tokens else ids
-
-    def tokenize(self, text: str) -> list[str]:
-        """The symbols of a text, without start and end."""
-        return self.convert_ids_to_tokens(self.encode(text, add_special_tokens=False))
-
-    def convert_ids_to_tokens(self, ids: Iterable[int]) -> list[str]:
-        """A symbol for each id. Raises TokenizerError for an id outside the vocabulary."""
-        return [self._symbol(int(i)) for i in ids]
-
-    def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> int | list[int]:
-        """Unknown symbols become unk_token_id, which is the end token's."""
-        if isinstance(tokens, str):
-            return self.vocab.get(tokens, self.unk_token_id)
-        return [self.vocab.get(t, self.unk_token_id) for t in tokens]
-
-    def __call__(
-        self,
-        text: str | list[str],
-        padding: bool | str = False,
-        truncation: bool = False,
-        max_length: int | None = None,
-        return_tensors: str | None = None,
-        add_special_tokens: bool = True,
-        return_attention_mask: bool = True,
-    ) -> Encoding:
-        """Ids of one text or of a list of texts.
-
-        padding: False; True or "longest": to the longest of the call; "max_length".
-        On the right, by pad_token.
-        truncation: cut to max_length, whose default is model_max_length.
-        return_tensors: "pt" gives int64 [N, S], None lists.
-        attention_mask is 1 on tokens and 0 on padding. Raises TokenizerError.
-        """
-        if padding not in (False, True, "longest", "max_length", "do_not_pad"):
-            raise TokenizerError(f"padding = {padding!r} is not False, True, 'longest' or 'max_length'")
-        if return_tensors not in (None, "pt"):
-            raise TokenizerError(f"return_tensors = {return_tensors!r} is not None or 'pt'")
-        texts = [text] if isinstance(text, str) else list(text)
-        rows = [self.encode(t, add_special_tokens, bool(truncation), max_length) for t in texts]
-        width = max(map(len, rows), default=0) if padding in (True, "longest") else 0
-        if padding == "max_length":
-            width = self.model_max_length if max_length is None else max_length
-        mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
-        rows = [row + [self.pad_token_id] * (width - len(row)) for row in rows]
-        if return_tensors == "pt":
-            if len({len(row) for row in rows}) > 1:
-                raise TokenizerError("texts of different lengths make no tensor: set padding=True and "
-                                     "truncation=True")
-            rows, mask = torch.tensor(rows, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)
-        elif isinstance(text, str):
-            rows, mask = rows[0], mask[0]
-        return (Encoding(input_ids=rows, attention_mask=mask) if return_attention_mask
-                else Encoding(input_ids=rows))
-
-    def _symbol(self, i: int) -> str:
-        if i not in self._symbols:
-            raise TokenizerError(f"id {i} is not in the vocabulary of {len(self.vocab)}")
-        return self._symbols[i]
-
-    def batch_decode(self, rows: Iterable[Iterable[int]], skip_special_tokens: bool = False) -> list[str]:
-        """`decode` for each row, a tensor [N, S] or lists."""
-        return [self.decode(row, skip_special_tokens) for row in rows]
-
-
-class CLIPTokenizer(Tokenizer):
+class CLIPTokenizer(TextHabits):
     """CLIP's byte-level BPE. No text is out of its vocabulary, in any language;
     rare signs take 3 or 4 ids each.
 
@@ -319,30 +195,26 @@ class CLIPTokenizer(Tokenizer):
         unk_token: str = EOS,
         pad_token: str = EOS,
         model_max_length: int = 77,
-        added_tokens: Iterable[str] = (),
+        added_tokens: Iterable[str] | dict[str, int] = (),
         rules: str = "transformers",
         fix_text: Callable[[str], str] | None = None,
+        **options: Any,
     ):
         if rules not in ("transformers", "openai"):
             raise TokenizerError(f"rules = {rules!r} is neither 'transformers' nor 'openai'")
-        self.vocab, self.merges = dict(vocab), [tuple(m) for m in merges]
         self.bos_token, self.eos_token = bos_token, eos_token
         self.unk_token, self.pad_token = unk_token, pad_token
-        self.model_max_length, self.rules, self.fix_text = model_max_length, rules, fix_text
-        self.all_special_tokens = list(dict.fromkeys([bos_token, eos_token, unk_token, pad_token]))
-        self.added_tokens = list(dict.fromkeys([*self.all_special_tokens, *added_tokens]))
-        for token in self.added_tokens:
-            if token not in self.vocab:
-                raise TokenizerError(f"vocabulary of {len(self.vocab)}: the special token {token!r} is "
-                                     "missing")
-        self._symbols = {i: s for s, i in self.vocab.items()}
+        self.merges, self.rules, self.fix_text = [tuple(m) for m in merges], rules, fix_text
+        super().__init__(vocab, added_tokens, model_max_length=model_max_length, **options)
         self._ranks = {pair: rank for rank, pair in reversed(list(enumerate(self.merges)))}
         self._byte_of = {s: b for b, s in byte_symbols().items()}
-        longest_first = sorted(self.added_tokens, key=len, reverse=True)
-        self._added = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._known: dict[str, list[int]] = {}  # word -> ids, so that a frequent word is merged once
 
     # -- text to ids
+
+    def clean(self, text: str) -> str:
+        """NFC, blanks, lower case; see clean()."""
+        return clean(text)
 
     def _pieces(self, text: str) -> Iterator[str]:
         """Words and special tokens of a text, by the rules of one upstream or the other."""
@@ -350,12 +222,10 @@ class CLIPTokenizer(Tokenizer):
             for piece in words(clean_openai(self.fix_text(text) if self.fix_text else text), FIRST_OPENAI):
                 yield piece.lower() if len(piece) > 3 and piece.lower() in self.added_tokens else piece
             return
-        for part in self._added.split(text):
-            if part in self.added_tokens:
-                yield part
-                continue
-            for piece in words(clean(part)):  # "<|STARTOFTEXT|>" is not special, and falls into three words
-                yield from re.findall(r"\w+|\W+", piece) if piece in (BOS, EOS) else (piece,)
+        for part, added in self.parts(text):
+            for piece in (part,) if added else words(part):
+                # "<|STARTOFTEXT|>" is not special, and falls into three words
+                yield from re.findall(r"\w+|\W+", piece) if piece in (BOS, EOS) and not added else (piece,)
 
     def _merged(self, word: str) -> list[str]:
         """The symbols of a word: join the neighbours that were learned first until none is left to join."""
@@ -400,11 +270,10 @@ class CLIPTokenizer(Tokenizer):
             row[: len(ids)] = torch.tensor(ids, dtype=torch.int32)
         return result
 
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+    def text_of(self, ids: list[int]) -> str:
         """Text of ids, words separated by blanks; case and original spacing are lost.
         Broken bytes become U+FFFD."""
-        skip = set(self.all_special_ids) if skip_special_tokens else ()
-        joined = "".join(self._symbol(int(i)) for i in ids if int(i) not in skip)
+        joined = "".join(map(self._symbol, ids))
         raw = b"".join(bytes([self._byte_of[c]]) if c in self._byte_of else c.encode("utf-8") for c in joined)
         return raw.decode("utf-8", errors="replace").replace(END, " ").strip()
 
@@ -442,8 +311,7 @@ class CLIPTokenizer(Tokenizer):
     def from_bpe_file(cls, path: str | os.PathLike, **options: Any) -> CLIPTokenizer:
         """Reads OpenAI's bpe_simple_vocab_16e6.txt.gz, or the same unpacked.
         options: those of the constructor."""
-        lines = read_text(path).split("\n")[1 : 1 + OPENAI_MERGES]
-        merges = _pairs(lines, os.fspath(path))
+        merges = _openai_merges(path)
         return cls(build_vocab(merges), merges, **options)
 
     @classmethod
@@ -453,57 +321,77 @@ class CLIPTokenizer(Tokenizer):
         """Reads a folder: vocab.json and merges.txt, else tokenizer.json, else bpe_simple_vocab_16e6.txt.gz.
 
         Special tokens and model_max_length come from tokenizer_config.json and special_tokens_map.json if
-        they are there; options override them. Raises TokenizerError or WeightsError.
+        they are there; options override them, and a special token that the vocabulary lacks is added.
+        Upstream's other options: see miniclip.text_habits. Raises TokenizerError or WeightsError.
         """
         folder = os.path.join(folder, subfolder) if subfolder else os.fspath(folder)
         need_folder(folder)
+        found, added = _options(folder)
         at = lambda name: os.path.join(folder, name)  # noqa: E731
-        options = {**_options(folder), **options}
         if os.path.exists(at("vocab.json")) and os.path.exists(at("merges.txt")):
             vocab = read_json(at("vocab.json"))
             merges = _pairs(read_text(at("merges.txt")).split("\n"), at("merges.txt"))
-            added = read_json(at("added_tokens.json")) if os.path.exists(at("added_tokens.json")) else {}
-            added = {**added, **options.pop("added_ids", {})}
+            more = read_json(at("added_tokens.json")) if os.path.exists(at("added_tokens.json")) else {}
+            added = {**{token: {"id": i} for token, i in more.items()}, **added}
         elif os.path.exists(at("tokenizer.json")):
             vocab, merges, added = _read_tokenizer_json(at("tokenizer.json"))
         elif os.path.exists(at("bpe_simple_vocab_16e6.txt.gz")):
-            options.pop("added_ids", None)
-            return cls.from_bpe_file(at("bpe_simple_vocab_16e6.txt.gz"), **options)
+            merges = _openai_merges(at("bpe_simple_vocab_16e6.txt.gz"))
+            vocab, added = build_vocab(merges), {}
         else:
             raise TokenizerError(
                 f"{folder}: no tokenizer found (looked for vocab.json with merges.txt, tokenizer.json, "
                 "bpe_simple_vocab_16e6.txt.gz)"
             )
-        options.pop("added_ids", None)
-        vocab = {**vocab, **{t: i for t, i in added.items() if t not in vocab}}
-        for symbol, i in vocab.items():
+        ids = {token: entry["id"] for token, entry in added.items()}
+        for symbol, i in {**ids, **vocab}.items():
             if not isinstance(i, int) or isinstance(i, bool) or i < 0:
                 raise TokenizerError(f"{folder}: vocabulary: the id of {symbol!r} is {i!r}, not a number "
                                      "from 0")
-        return cls(vocab, merges, added_tokens=added, **options)
+        extra = found.get("extra_special_tokens", [])
+        found["extra_special_tokens"] = [token for token in extra if token in vocab or token in ids]
+        found["cleaned_tokens"] = [token for token, entry in added.items() if entry.get("normalized") is True]
+        own, special = sort_options(cls, options, {**ids, **vocab})
+        tokenizer = cls(vocab, merges, **{**found, "added_tokens": ids, **own})
+        tokenizer.add_special_tokens(special)
+        tokenizer.name_or_path = folder
+        return tokenizer
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes what transformers 4 reads (vocab.json, merges.txt) and what 5 reads (tokenizer.json)."""
-        os.makedirs(folder, exist_ok=True)
-        at = lambda name: os.path.join(folder, name)  # noqa: E731
-        special = {k: getattr(self, k) for k in ("bos_token", "eos_token", "unk_token", "pad_token")}
-        config = {"tokenizer_class": "CLIPTokenizer", **special, "model_max_length": self.model_max_length}
-        config |= {} if self.rules == "transformers" else {"rules": self.rules}  # a field of ours
-        extra = [t for t in self.added_tokens if t not in self.all_special_tokens]
-        write_json(at("vocab.json"), {s: i for s, i in self.vocab.items() if s not in extra})
-        with atomic_write(at("merges.txt")) as file:
+    def save_vocabulary(self, folder: str | os.PathLike) -> tuple[str, str]:
+        """Writes vocab.json and merges.txt; their paths."""
+        paths = os.path.join(folder, "vocab.json"), os.path.join(folder, "merges.txt")
+        write_json(paths[0], {s: i for s, i in self.vocab.items() if s not in self.beside})
+        with atomic_write(paths[1]) as file:
             file.write("\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in self.merges),
                                   ""]).encode("utf-8"))
-        if extra:
-            write_json(at("added_tokens.json"), {t: self.vocab[t] for t in extra})
-        write_json(at("special_tokens_map.json"), special)
-        write_json(at("tokenizer_config.json"), {**config, "add_prefix_space": False, "do_lower_case": True})
-        write_json(at("tokenizer.json"), self._tokenizer_json(extra))
+        return paths
 
-    def _tokenizer_json(self, extra: list[str]) -> dict[str, Any]:
+    def save_pretrained(self, folder: str | os.PathLike, **habits: Any) -> tuple[str, ...]:
+        """Writes what transformers 4 reads (vocab.json, merges.txt) and what 5 reads (tokenizer.json); the
+        paths of all files. habits: upstream's options, see miniclip.text_habits."""
+        settle_writing("CLIPTokenizer.save_pretrained", habits)
+        os.makedirs(folder, exist_ok=True)
+        special: dict[str, Any] = dict(self.special_tokens_map)
+        if self.extra_special_tokens:
+            special["additional_special_tokens"] = self.extra_special_tokens   # 4 and 5 read this name
+        config = {"tokenizer_class": "CLIPTokenizer", **special, "model_max_length": self.model_max_length}
+        config |= {} if self.rules == "transformers" else {"rules": self.rules}  # a field of ours
+        config |= {k: getattr(self, k) for k in ("padding_side", "truncation_side")
+                   if getattr(self, k) != "right"}
+        config |= self.added_config()
+        values = {"special_tokens_map.json": special,
+                  "tokenizer_config.json": {**config, "add_prefix_space": False, "do_lower_case": True},
+                  "tokenizer.json": self._tokenizer_json()}
+        if self.beside:
+            values["added_tokens.json"] = {t: self.vocab[t] for t in self.beside}
+        paths = [os.path.join(folder, name) for name in values]
+        for path, value in zip(paths, values.values(), strict=True):
+            write_json(path, value)
+        return *self.save_vocabulary(folder), *paths
+
+    def _tokenizer_json(self) -> dict[str, Any]:
         """The same tokenizer as transformers 5 describes it: every step of words() and clean() as a rule."""
         pattern = f"{FIRST.pattern}|[\\p{{L}}]+|[\\p{{N}}]|[^\\s\\p{{L}}\\p{{N}}]+"
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Removed", "invert": True}
         space = {"type": "Replace", "pattern": {"Regex": "\\s+"}, "content": " "}
@@ -512,10 +400,7 @@ class CLIPTokenizer(Tokenizer):
             "version": "1.0",
             "truncation": None,
             "padding": None,
-            "added_tokens": [
-                {"id": self.vocab[t], "content": t, **flags, "special": t not in extra}
-                for t in sorted(self.added_tokens, key=self.vocab.get)
-            ],
+            "added_tokens": self.added_list(),
             "normalizer": {"type": "Sequence",
                            "normalizers": [{"type": "NFC"}, space, {"type": "Lowercase"}]},
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
@@ -531,7 +416,7 @@ class CLIPTokenizer(Tokenizer):
                 "fuse_unk": False,
                 "byte_fallback": False,
                 "ignore_merges": False,
-                "vocab": {s: i for s, i in self.vocab.items() if s not in extra},
+                "vocab": {s: i for s, i in self.vocab.items() if s not in self.beside},
                 "merges": [f"{a} {b}" for a, b in self.merges],
             },
         }
@@ -569,33 +454,41 @@ def _pairs(lines: Iterable[str], source: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def _options(folder: str) -> dict[str, Any]:
-    """Special tokens, length and extra tokens from the two small files beside a vocabulary."""
+def _openai_merges(path: str | os.PathLike) -> list[tuple[str, str]]:
+    return _pairs(read_text(path).split("\n")[1 : 1 + OPENAI_MERGES], os.fspath(path))
+
+
+def _options(folder: str) -> tuple[dict[str, Any], dict[str, dict]]:
+    """Options of the constructor, and added tokens, from the two small files beside a vocabulary."""
     found: dict[str, Any] = {}
+    added: dict[str, dict] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = os.path.join(folder, name)
         if not os.path.exists(path):
             continue
         values = read_json(path)
         for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
-            token = values.get(key)
-            token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str):
+            if isinstance(token := _content(values.get(key)), str):
                 found[key] = token
-        if isinstance(values.get("rules"), str):
-            found["rules"] = values["rules"]
+        for key in ("rules", "padding_side", "truncation_side"):
+            if isinstance(values.get(key), str):
+                found[key] = values[key]
+        for key in ("extra_special_tokens", "additional_special_tokens"):
+            if isinstance(values.get(key), list) and is_texts(tokens := list(map(_content, values[key]))):
+                found["extra_special_tokens"] = tokens
         length = values.get("model_max_length")
         if isinstance(length, (int, float)) and 2 <= length < 1e9:  # transformers writes 1e30 for "no limit"
             found["model_max_length"] = int(length)
-        decoder = values.get("added_tokens_decoder")
-        if isinstance(decoder, dict):
-            entries = {i: t["content"] for i, t in decoder.items() if isinstance(t, dict) and "content" in t}
-            found["added_ids"] = {t: int(i)
-                                  for i, t in entries.items() if i.isdecimal() and isinstance(t, str)}
-    return found
+        added = added or added_entries(values.get("added_tokens_decoder"))
+    return found, added
 
 
-def _read_tokenizer_json(path: str) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]:
+def _content(token: Any) -> Any:
+    """The text of a special token, which files hold as a string or as an object."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _read_tokenizer_json(path: str) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, dict]]:
     """vocab, merges, added tokens of a tokenizer.json; refuses one that is not CLIP's kind of BPE."""
     values = read_json(path)
     model = values.get("model")
@@ -605,6 +498,4 @@ def _read_tokenizer_json(path: str) -> tuple[dict[str, int], list[tuple[str, str
         raise TokenizerError(f"{path}: end_of_word_suffix = {model.get('end_of_word_suffix')!r}, CLIP's is "
                              f"{END!r}")
     lines = [m if isinstance(m, str) else " ".join(map(str, m)) for m in model["merges"]]
-    added = [t for t in values.get("added_tokens") or [] if isinstance(t, dict) and "content" in t
-             and "id" in t]
-    return model["vocab"], _pairs(lines, path), {t["content"]: t["id"] for t in added}
+    return model["vocab"], _pairs(lines, path), added_entries(values.get("added_tokens"))

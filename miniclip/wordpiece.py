@@ -14,7 +14,9 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from miniclip.tokenizer import SPACE, Tokenizer, TokenizerError, read_text
+from miniclip.encoding import TokenizerError
+from miniclip.text_habits import TextHabits, added_entries, settle_writing, sort_options
+from miniclip.tokenizer import SPACE, read_text
 from miniclip.weights import atomic_write, need_folder, read_json, write_json
 
 HAN = re.compile(  # what BERT takes for Chinese, each character a word of its own; kana and hangul are not
@@ -53,9 +55,14 @@ def bert_words(text: str) -> Iterator[str]:
         yield from ([word] if word else [])
 
 
-class BertTokenizer(Tokenizer):
+class BertTokenizer(TextHabits):
     """[CLS] text [SEP] as ids. vocab: symbol -> id, in which "##x" continues a word.
     Unlike CLIP's it has [UNK]."""
+
+    special_names = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+    ends_between = second_type = 1                                  # [CLS] a [SEP] b [SEP]
+    bos_token = property(lambda self: self.cls_token, doc="What a row starts with.")
+    eos_token = property(lambda self: self.sep_token, doc="What a text ends with.")
 
     def __init__(
         self,
@@ -69,19 +76,18 @@ class BertTokenizer(Tokenizer):
         unk_token: str = "[UNK]",
         pad_token: str = "[PAD]",
         mask_token: str = "[MASK]",
+        added_tokens: Iterable[str] | dict[str, int] = (),
+        **options: Any,
     ):
-        self.vocab, self.model_max_length, self.do_lower_case = dict(vocab), model_max_length, do_lower_case
+        self.do_lower_case = do_lower_case
         self.strip_accents = do_lower_case if strip_accents is None else strip_accents
-        self.bos_token, self.eos_token = cls_token, sep_token
-        self.unk_token, self.pad_token = unk_token, pad_token
-        self.mask_token = mask_token
-        self.all_special_tokens = [unk_token, sep_token, pad_token, cls_token, mask_token]
-        for token in self.all_special_tokens:
-            if token not in self.vocab:
-                raise TokenizerError(f"vocabulary of {len(self.vocab)}: the special token {token!r} is "
-                                     "missing")
-        self._symbols = {i: s for s, i in self.vocab.items()}
-        self._added = re.compile("(" + "|".join(map(re.escape, self.all_special_tokens)) + ")")
+        self.cls_token, self.sep_token, self.unk_token = cls_token, sep_token, unk_token
+        self.pad_token, self.mask_token = pad_token, mask_token
+        super().__init__(vocab, added_tokens, model_max_length=model_max_length, **options)
+
+    def clean(self, text: str) -> str:
+        """A text as it is before it is cut into words; see clean_bert()."""
+        return clean_bert(text, self.do_lower_case, self.strip_accents)
 
     def _pieces_of(self, word: str) -> list[str]:
         """Greedy: the longest known beginning, then the longest known continuation, and so on, or [UNK]."""
@@ -102,49 +108,72 @@ class BertTokenizer(Tokenizer):
     def text_ids(self, text: str) -> list[int]:
         """Ids of a text, without [CLS] and [SEP]."""
         ids = []
-        for part in self._added.split(text):
-            if part in self.all_special_tokens:
-                ids.append(self.vocab[part])
-                continue
-            for word in bert_words(clean_bert(part, self.do_lower_case, self.strip_accents)):
-                ids += [self.vocab[piece] for piece in self._pieces_of(word)]
+        for part, added in self.parts(text):
+            pieces = [part] if added else [p for word in bert_words(part) for p in self._pieces_of(word)]
+            ids += [self.vocab[piece] for piece in pieces]
         return ids
 
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+    def text_of(self, ids: list[int]) -> str:
         """Pieces joined to words, words by blanks."""
-        skip = set(self.all_special_ids) if skip_special_tokens else ()
-        return " ".join(self._symbol(int(i)) for i in ids if int(i) not in skip).replace(" ##", "")
+        return " ".join(map(self._symbol, ids)).replace(" ##", "")
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, **options: Any) -> BertTokenizer:
-        """Reads vocab.txt, one symbol a line, or tokenizer.json, and tokenizer_config.json beside it."""
+    def from_pretrained(cls, folder: str | os.PathLike, subfolder: str | None = None,
+                        **options: Any) -> BertTokenizer:
+        """Reads vocab.txt, one symbol a line, or tokenizer.json, and tokenizer_config.json beside it.
+
+        options override what the files say. Upstream's other options: see miniclip.text_habits.
+        """
+        folder = os.path.join(folder, subfolder) if subfolder else os.fspath(folder)
         need_folder(folder)
-        at = lambda name: os.path.join(folder, name)  # noqa: E731
-        settings = (read_json(at("tokenizer_config.json")) if os.path.exists(at("tokenizer_config.json"))
-                    else {})
-        for key in ("do_lower_case", "strip_accents"):
-            if isinstance(settings.get(key), bool):
-                options.setdefault(key, settings[key])
+        vocab, path = _read_vocab(folder), os.path.join(folder, "tokenizer_config.json")
+        settings = read_json(path) if os.path.exists(path) else {}
+        found = {key: settings[key] for key in ("do_lower_case", "strip_accents")
+                 if isinstance(settings.get(key), bool)}
         length = settings.get("model_max_length")
         if isinstance(length, int) and 2 <= length < 1e9:
-            options.setdefault("model_max_length", length)
-        if os.path.exists(at("vocab.txt")):
-            lines = read_text(at("vocab.txt")).rstrip("\n").split("\n")
-            return cls({line.rstrip("\r"): i for i, line in enumerate(lines)}, **options)
-        if not os.path.exists(at("tokenizer.json")):
-            raise TokenizerError(f"{os.fspath(folder)}: no tokenizer found (looked for vocab.txt, "
-                                 "tokenizer.json)")
-        model = read_json(at("tokenizer.json")).get("model")
-        is_model = isinstance(model, dict) and "vocab" in model
-        if not is_model or model.get("type", "WordPiece") != "WordPiece":
-            raise TokenizerError(f"{at('tokenizer.json')}: model is not WordPiece with a vocab")
-        return cls(model["vocab"], **options)
+            found["model_max_length"] = length
+        decoder = settings.get("added_tokens_decoder")
+        added = added_entries(decoder) if isinstance(decoder, dict) else {}
+        found["added_tokens"] = {token: entry["id"] for token, entry in added.items()}
+        found["cleaned_tokens"] = [token for token, entry in added.items() if entry.get("normalized") is True]
+        own, special = sort_options(cls, options, {**found["added_tokens"], **vocab})
+        tokenizer = cls(vocab, **{**found, **own})
+        tokenizer.add_special_tokens(special)
+        tokenizer.name_or_path = folder
+        return tokenizer
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes vocab.txt and tokenizer_config.json, which every transformers reads."""
+    def save_vocabulary(self, folder: str | os.PathLike) -> tuple[str]:
+        """Writes vocab.txt; its path."""
+        path = os.path.join(folder, "vocab.txt")
+        symbols = sorted(self.vocab.keys() - set(self.beside), key=self.vocab.get)
+        with atomic_write(path) as file:
+            file.write("".join(f"{symbol}\n" for symbol in symbols).encode("utf-8"))
+        return (path,)
+
+    def save_pretrained(self, folder: str | os.PathLike, **habits: Any) -> tuple[str, ...]:
+        """Writes vocab.txt and tokenizer_config.json, which every transformers reads; their paths.
+        habits: upstream's options, see miniclip.text_habits."""
+        settle_writing("BertTokenizer.save_pretrained", habits)
         os.makedirs(folder, exist_ok=True)
-        with atomic_write(os.path.join(folder, "vocab.txt")) as file:
-            file.write("".join(f"{s}\n" for s in sorted(self.vocab, key=self.vocab.get)).encode("utf-8"))
         settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": self.do_lower_case}
         settings |= {"strip_accents": self.strip_accents, "model_max_length": self.model_max_length}
-        write_json(os.path.join(folder, "tokenizer_config.json"), settings)
+        settings |= self.added_config()
+        path = os.path.join(folder, "tokenizer_config.json")
+        write_json(path, settings)
+        return *self.save_vocabulary(folder), path
+
+
+def _read_vocab(folder: str) -> dict[str, int]:
+    path = os.path.join(folder, "vocab.txt")
+    if os.path.exists(path):
+        lines = read_text(path).rstrip("\n").split("\n")
+        return {line.rstrip("\r"): i for i, line in enumerate(lines)}
+    path = os.path.join(folder, "tokenizer.json")
+    if not os.path.exists(path):
+        raise TokenizerError(f"{folder}: no tokenizer found (looked for vocab.txt, tokenizer.json)")
+    model = read_json(path).get("model")
+    is_model = isinstance(model, dict) and isinstance(model.get("vocab"), dict)
+    if not is_model or model.get("type", "WordPiece") != "WordPiece":
+        raise TokenizerError(f"{path}: model is not WordPiece with a vocab")
+    return model["vocab"]

@@ -121,6 +121,68 @@ def test_errors():
         CLIPImageProcessor.from_dict({"colour": 1})
 
 
+def test_options_of_one_call():
+    processor = CLIPImageProcessor(size=16, crop_size=12)
+    x = noise(3, 30, 50)
+    other = CLIPImageProcessor(size=20, crop_size=8, do_normalize=False)
+    out = processor(x, size=20, crop_size={"height": 8, "width": 8}, do_normalize=False, resample=None)
+    assert torch.equal(out.pixel_values, other(x).pixel_values) and processor.size == {"shortest_edge": 16}
+    assert torch.equal(processor.preprocess([x]).pixel_values, processor(x).pixel_values)
+    assert processor([[x], [x]]).pixel_values.shape[0] == 2
+    assert processor(x, data_format="channels_last").pixel_values.shape == (1, 12, 12, 3)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+        processor(x, colour=1)
+    with pytest.raises(ConfigError, match="size = 'big'"):
+        processor(x, size="big")
+
+
+def test_layouts_and_channels():
+    processor = CLIPImageProcessor(size=16, crop_size=12)
+    x = noise(3, 30, 50)
+    assert torch.equal(processor(x.permute(1, 2, 0)).pixel_values, processor(x).pixel_values)
+    thin = noise(3, 20, 3)
+    assert processor(thin, do_resize=False, do_center_crop=False).pixel_values.shape == (1, 3, 20, 3)
+    last = processor(thin, do_resize=False, do_center_crop=False, input_data_format="channels_last")
+    assert last.pixel_values.shape == (1, 3, 3, 20)
+    four = dict(do_convert_rgb=False, image_mean=[0.0] * 4, image_std=[1.0] * 4)
+    assert processor(noise(4, 20, 20), **four).pixel_values.shape == (1, 4, 12, 12)
+    with pytest.raises(ImageError, match="a picture of 4 channels, but 3 in image_mean"):
+        processor(noise(4, 20, 20), do_convert_rgb=False)
+
+
+def test_numpy_and_json(tmp_path):
+    np = pytest.importorskip("numpy")
+    processor = CLIPImageProcessor(size=16, crop_size=12)
+    x = noise(3, 30, 50)
+    out = processor(x, return_tensors="np").pixel_values
+    assert isinstance(out, np.ndarray) and torch.equal(torch.from_numpy(out), processor(x).pixel_values)
+    processor.to_json_file(tmp_path / "a.json")
+    assert CLIPImageProcessor.from_json_file(tmp_path / "a.json") == processor
+    assert json.loads(processor.to_json_string())["size"] == {"shortest_edge": 16}
+    (path,) = processor.save_pretrained(tmp_path)
+    assert path.endswith("preprocessor_config.json")
+    assert CLIPImageProcessor.from_pretrained(tmp_path, size=9, use_fast=True).size == {"shortest_edge": 9}
+    assert CLIPImageProcessor.from_dict(processor.to_dict(), do_resize=None).do_resize is None
+    with pytest.raises(AttributeError, match="rescale is left out"):
+        processor.rescale(x, 0.5)
+
+
+def test_processor_in_both_orders(tmp_path):
+    tokenizer = CLIPTokenizer.train(["a b"] * 2, 520)
+    processor = CLIPProcessor(CLIPImageProcessor(size=16, crop_size=12), tokenizer)
+    x, texts = noise(3, 20, 20), ["a", "b"]
+    out = processor(text=texts, images=x, do_normalize=False, text_kwargs={"padding": True})
+    for other in (processor(texts, x, do_normalize=False), processor(x, texts, do_normalize=False)):
+        assert all(torch.equal(out[name], other[name]) for name in out)
+    assert set(processor(x)) == {"pixel_values"} and set(processor("a")) == {"input_ids", "attention_mask"}
+    assert processor.model_input_names == ["input_ids", "attention_mask", "pixel_values"]
+    with pytest.raises(ValueError, match="padding is given twice"):
+        processor(texts, padding=True, text_kwargs={"padding": False})
+    assert len(processor.save_pretrained(tmp_path)) == 6
+    back = CLIPProcessor.from_pretrained(tmp_path, crop_size=9, padding_side="left", local_files_only=True)
+    assert back.image_processor.crop_size["width"] == 9 and back.tokenizer.padding_side == "left"
+
+
 def test_no_pillow_needed_for_tensors():
     code = (
         "import sys; sys.modules['PIL'] = None; import torch; from miniclip import CLIPImageProcessor;"

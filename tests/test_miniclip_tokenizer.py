@@ -2,13 +2,15 @@
 
 import gzip
 import json
+import os
 import random
 from collections import Counter
 
 import pytest
 import torch
 
-from miniclip import CLIPTokenizer, TokenizerError
+from miniclip import BertTokenizer, CLIPTokenizer, TokenizerError
+from miniclip.encoding import shorten, windows
 from miniclip.tokenizer import (
     build_vocab,
     byte_symbols,
@@ -186,3 +188,162 @@ def test_learn_merges_stops():
     assert learn_merges(Counter(ab=1), 10) == []  # once is not worth a symbol
     assert learn_merges(Counter(ab=2), 10) == [("a", "b</w>")]
     assert learn_merges(Counter(aaaa=5), 10) == [("a", "a"), ("a", "a</w>"), ("aa", "aa</w>")]
+
+
+def test_pairs():
+    t = small()
+    assert t("the", "cat").input_ids == [518, 513, 519, 519, 515, 519]
+    assert t([("the", "cat")]).input_ids == t(["the"], ["cat"]).input_ids == [t.encode("the", "cat")]
+    assert t("the", "cat", add_special_tokens=False).input_ids == [513, 515]
+    out = t("the", "cat", padding="max_length", max_length=8, return_token_type_ids=True,
+            return_special_tokens_mask=True, return_length=True)
+    assert out.token_type_ids == [0] * 8 and out.special_tokens_mask == [1, 0, 1, 1, 0, 1, 1, 1]
+    assert out.attention_mask == [1] * 6 + [0] * 2 and out.length == [8]
+    assert t(["the", "cat"], is_split_into_words=True).input_ids == t("the cat").input_ids
+    assert (t.num_special_tokens_to_add(), t.num_special_tokens_to_add(pair=True)) == (2, 4)
+    with pytest.raises(TokenizerError, match="not a list of 2"):
+        t(["the", "cat"], ["one"])
+
+
+def test_windows_and_shortening():
+    ids = list(range(7))
+    assert windows(ids, 3) == [[0, 1, 2]] and windows(ids, 3, "left") == [[4, 5, 6]]
+    assert windows(ids, 3, stride=1) == [[0, 1, 2], [2, 3, 4], [4, 5, 6]]
+    assert windows(ids, 3, "left", 1) == [[4, 5, 6], [2, 3, 4], [0, 1, 2]]
+    assert windows(ids, 5, stride=1) == [[0, 1, 2, 3, 4], [4, 5, 6]] and windows(ids, 0) == [[]]
+    cut = lambda a, b, room: [len(x) for x in shorten([0] * a, [0] * b, room, True, "right", None)[0]]  # noqa
+    assert cut(9, 9, 5) == [2, 3] and cut(9, 8, 5) == [3, 2] and cut(1, 9, 5) == [1, 4]
+    assert shorten(ids, [9], 4, "only_first", "right", 1)[:2] == [([0, 1, 2], [9]), ([2, 3, 4], [9])]
+    with pytest.raises(TokenizerError, match="the other text takes 7 tokens of 4"):
+        shorten(ids, [9], 4, "only_second", "right", None)
+    with pytest.raises(TokenizerError, match="stride = 3"):
+        windows(ids, 3, stride=3)
+
+
+def test_overflowing_tokens_are_rows():
+    t = small()
+    out = t(["the cat one", "one"], truncation=True, max_length=4, stride=1, return_overflowing_tokens=True,
+            padding=True)
+    assert out.input_ids == [[518, 513, 515, 519], [518, 515, 517, 519], [518, 517, 519, 519]]
+    assert out.overflow_to_sample_mapping == [0, 0, 1]
+    with pytest.raises(TokenizerError, match="'only_first' or 'only_second'"):
+        t("the cat", "one", truncation=True, max_length=5, return_overflowing_tokens=True)
+
+
+def test_both_sides():
+    t = small(padding_side="left", truncation_side="left")
+    out = t(["the cat", "one"], padding=True, pad_to_multiple_of=3)
+    assert out.input_ids[1] == [519] * 3 + [518, 517, 519] and out.attention_mask[1] == [0] * 3 + [1] * 3
+    assert t("the cat", truncation=True, max_length=3).input_ids == [518, 515, 519]
+    out = t("the", max_length=4, padding="max_length", padding_side="right")
+    assert out.input_ids == [518, 513, 519, 519]
+    assert t("the cat", max_length=3).input_ids == [518, 515, 519]      # as upstream, where nothing is padded
+    with pytest.raises(TokenizerError, match="padding_side = 'up'"):
+        small(padding_side="up")
+    with pytest.raises(TokenizerError, match="max_length = 5 is not a multiple"):
+        t("the", padding=True, truncation=True, max_length=5, pad_to_multiple_of=4)
+
+
+def test_added_and_special_tokens(tmp_path):
+    t = small()
+    assert t.add_tokens(["Bim", "<g>"]) == 2 and t.add_tokens("Bim") == 0
+    assert t.tokenize("the BIM cats<g>") == ["the</w>", "Bim", "ca", "t", "s</w>", "<g>"]
+    assert t.add_special_tokens({"pad_token": "[P]", "extra_special_tokens": ["<X>"]}) == 2
+    assert (t.pad_token_id, len(t), t.vocab_size) == (522, 524, 520)
+    assert t.all_special_tokens == ["<|startoftext|>", "<|endoftext|>", "[P]", "<X>"]
+    assert t.tokenize("<X><x>")[0] == "<X>" and len(t.tokenize("<X><x>")) == 4
+    assert t.decode(t("the <X> cat").input_ids, skip_special_tokens=True) == "the cat"
+    files = t.save_pretrained(tmp_path)
+    assert sorted(map(os.path.basename, files)) == sorted(p.name for p in tmp_path.iterdir())
+    for gone in ("tokenizer.json", "vocab.json"):
+        back = CLIPTokenizer.from_pretrained(tmp_path)
+        assert back.get_added_vocab() == t.get_added_vocab()
+        assert back.special_tokens_map == t.special_tokens_map
+        assert back("the BIM<X>").input_ids == t("the BIM<X>").input_ids and back.vocab_size == 520
+        t.save_pretrained(tmp_path)
+        (tmp_path / gone).unlink()
+    with pytest.raises(TokenizerError, match="'pad' is not extra_special_tokens"):
+        t.add_special_tokens({"pad": "!"})
+
+
+def test_special_tokens_can_be_set(tmp_path):
+    t = small()
+    t.pad_token = "!"
+    assert t.pad_token_id == 0 and t(["the cat", "one"], padding=True).input_ids[1][-1] == 0
+    t.pad_token_id = 513
+    assert t.pad_token == "the</w>" and t.sep_token_id is None
+    t.pad_token = "[PAD]"
+    with pytest.raises(TokenizerError, match="add_special_tokens.*adds it"):
+        t(["the cat", "one"], padding=True)
+    t.pad_token = None
+    with pytest.raises(TokenizerError, match="no pad_token to fill up with"):
+        t(["the cat", "one"], padding=True)
+    small().save_pretrained(tmp_path)
+    back = CLIPTokenizer.from_pretrained(tmp_path, pad_token="[PAD]", local_files_only=True)
+    assert back.pad_token_id == 520 and len(back) == 521 and back.name_or_path == str(tmp_path)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'pad_tokn'"):
+        CLIPTokenizer.from_pretrained(tmp_path, pad_tokn="!")
+    with pytest.raises(ValueError, match="padding is not supported; give it in the call"):
+        CLIPTokenizer.from_pretrained(tmp_path, padding="longest")
+
+
+def test_ready_rows():
+    t = small()
+    rows = [{"input_ids": [1, 2], "id": 7}, {"input_ids": torch.tensor([3]), "id": 8}]
+    assert t.pad(rows) == {"input_ids": [[1, 2], [3, 519]], "attention_mask": [[1, 1], [1, 0]], "id": [7, 8]}
+    assert t.pad({"input_ids": [1]}, "max_length", 3).attention_mask == [1, 0, 0]
+    assert t.pad(rows, return_tensors="pt").input_ids.shape == (2, 2)
+    assert t.get_special_tokens_mask([518, 3, 519], already_has_special_tokens=True) == [1, 0, 1]
+    assert t.get_special_tokens_mask([3], [4]) == [1, 0, 1, 1, 0, 1]
+    with pytest.raises(TokenizerError, match="input_ids are missing; there is ids"):
+        t.pad({"ids": [1]})
+
+
+def test_decoding_in_other_forms():
+    t = small()
+    ids = t.encode("the cat !", add_special_tokens=False)
+    assert t.decode(ids[0]) == "the" and t.decode([ids, ids]) == ["the cat !"] * 2
+    assert t.decode(torch.tensor(ids)) == t.decode(list(torch.tensor(ids))) == "the cat !"
+    assert t.decode(ids, clean_up_tokenization_spaces=True) == "the cat!"
+    assert t.batch_decode(torch.tensor([ids])) == ["the cat !"] and t.batch_decode([]) == []
+    assert t.convert_ids_to_tokens(513) == "the</w>"
+    assert t.convert_tokens_to_string(["the</w>", "cat</w>"]) == "the cat"
+    assert t.convert_ids_to_tokens([518, 513], skip_special_tokens=True) == ["the</w>"]
+
+
+def test_encodings():
+    t = small()
+    out = t(["the cat", "one"], padding=True)
+    assert out[0:1]["input_ids"] == [[518, 513, 515, 519]] and out.data == dict(out)
+    with pytest.raises(KeyError, match=r"out.input_ids\[0\]"):
+        out[0]
+    assert out.convert_to_tensors("pt") is out and out.input_ids.dtype == torch.int64
+    out["pixels"] = torch.zeros(2)
+    assert out.to("cpu", torch.float16) is out
+    assert (out.pixels.dtype, out.input_ids.dtype) == (torch.float16, torch.int64)
+    with pytest.raises(AttributeError, match="word_ids is left out: call tokenizer.convert_ids_to_tokens"):
+        out.word_ids()
+
+
+def test_left_out_names_say_why():
+    t = small()
+    with pytest.raises(AttributeError, match="encode_plus is left out: call it"):
+        t.encode_plus("the")
+    assert not hasattr(t, "apply_chat_template") and not hasattr(t, "nonsense")
+    with pytest.raises(ValueError, match="return_offsets_mapping is not supported"):
+        t("the", return_offsets_mapping=True)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'paddin'"):
+        t("the", paddin=True)
+
+
+def test_bert_shares_it(tmp_path):
+    vocab = {s: i for i, s in enumerate("[PAD] [UNK] [CLS] [SEP] [MASK] a b ##c".split())}
+    t = BertTokenizer(vocab)
+    out = t("a", "bc", return_token_type_ids=True)
+    assert out.input_ids == [2, 5, 3, 6, 7, 3] and out.token_type_ids == [0, 0, 0, 1, 1, 1]
+    assert t.special_tokens_map["cls_token"] == "[CLS]" and t.bos_token_id == t.cls_token_id == 2
+    assert t.add_tokens("Dad") == 1 and t.tokenize("a DAD") == ["a", "Dad"]
+    t.save_pretrained(tmp_path)
+    back = BertTokenizer.from_pretrained(tmp_path, padding_side="left")
+    assert back.tokenize("a DAD") == ["a", "Dad"] and (back.vocab_size, len(back)) == (8, 9)
+    assert back(["a", "a b"], padding=True).input_ids[0] == [0, 2, 5, 3]

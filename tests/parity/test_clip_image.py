@@ -95,3 +95,18 @@ def test_processor(tmp_path):
     theirs.save_pretrained(tmp_path / "five")
     again = CLIPProcessor.from_pretrained(tmp_path / "five")(**call)
     assert all(torch.equal(again[k], a[k]) for k in a)
+
+
+def test_options_of_one_call_and_layouts():
+    theirs = transformers.models.clip.image_processing_pil_clip.CLIPImageProcessorPil()
+    ours = CLIPImageProcessor()
+    array = np.asarray(noise(61, 83, "RGBA"))
+    for call in (dict(size=40, crop_size=36), dict(do_normalize=False), dict(do_rescale=False),
+                 dict(size={"shortest_edge": 30}, do_center_crop=False, image_mean=[0.5] * 3)):
+        for image in (array, array.transpose(2, 0, 1).copy()):
+            expected = theirs.preprocess(image, return_tensors="np", **call)["pixel_values"]
+            found = ours.preprocess(image, return_tensors="np", **call).pixel_values
+            assert np.abs(found - expected).max() < 1e-4 * max(1, np.abs(expected).max())
+    four = dict(do_convert_rgb=False, image_mean=[0.0] * 4, image_std=[1.0] * 4)
+    expected = transformers.CLIPImageProcessor()(array, return_tensors="pt", **four).pixel_values
+    assert (ours(array, **four).pixel_values - expected).abs().max() < 0.005        # one level of 255

@@ -193,3 +193,45 @@ def test_folders_both_ways(ours, tmp_path):
         old = transformers.CLIPTokenizer.from_pretrained(tmp_path / str(number))
         assert [old(t).input_ids for t in texts] == [tokenizer(t).input_ids for t in texts]
         assert CLIPTokenizer.from_pretrained(tmp_path / str(number)).vocab == tokenizer.vocab
+
+
+def test_calls_in_all_forms(ours, tmp_path):
+    """Pairs, both sides, masks, windows: every value that a call returns."""
+    ours.save_pretrained(tmp_path)
+    ours = CLIPTokenizer.from_pretrained(tmp_path)
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    r = random.Random(5)
+    for _ in range(300):
+        a, b = (" ".join(r.choices("abcdefgh", k=r.randint(1, 9))) for _ in range(2))
+        ours.truncation_side = theirs.truncation_side = r.choice(["left", "right"])
+        call = dict(truncation=r.choice([True, False]), padding=r.choice([False, True, "max_length"]),
+                    max_length=8, add_special_tokens=r.choice([True, False]),
+                    return_special_tokens_mask=r.choice([True, False]), return_length=r.choice([True, False]),
+                    return_token_type_ids=r.choice([True, False]), pad_to_multiple_of=r.choice([None, 4]),
+                    padding_side=r.choice(["left", "right"]))
+        for texts in ((a,), ([a, b],), (a, b), ([a, b], [b, a]), ([(a, b), (b, a)],)):
+            assert dict(ours(*texts, **call)) == dict(theirs(*texts, **call)), (texts, call)
+        call |= dict(return_overflowing_tokens=True, stride=1, truncation="only_first", max_length=16)
+        for texts in (([a * 3, b],), (a + " a" * 20, b[:3])):
+            assert dict(ours(*texts, **call)) == dict(theirs(*texts, **call)), (texts, call)
+
+
+def test_added_tokens(ours, tmp_path):
+    ours.save_pretrained(tmp_path)
+    ours = CLIPTokenizer.from_pretrained(tmp_path)
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    for t in (ours, theirs):
+        assert t.add_tokens(["qzbim", "x y"]) == 2
+        assert t.add_special_tokens({"pad_token": "[P]", "extra_special_tokens": ["<G>"]}) == 2
+    for t in (ours, theirs):
+        t.save_pretrained(tmp_path / type(t).__module__)
+    again = CLIPTokenizer.from_pretrained(tmp_path / type(theirs).__module__)
+    back = transformers.CLIPTokenizer.from_pretrained(tmp_path / type(ours).__module__)
+    for text in ("a QZBIM qzbimx  X  Y cqzbim", "a[P]<g><G>b", "É<|endoftext|>qzbim <|ENDOFTEXT|>"):
+        ids = theirs(text)["input_ids"]
+        assert ours(text)["input_ids"] == again(text)["input_ids"] == back(text)["input_ids"] == ids
+        for skip in (True, False):
+            assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
+    for name in ("vocab_size", "all_special_tokens", "special_tokens_map", "extra_special_tokens",
+                 "pad_token_id", "added_tokens_encoder", "max_len_single_sentence", "max_len_sentences_pair"):
+        assert getattr(ours, name) == getattr(theirs, name) == getattr(again, name), name

@@ -53,3 +53,15 @@ def test_random_text(lower, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     again = BertTokenizer.from_pretrained(tmp_path / "theirs")
     assert [again.encode(t) for t in texts[:300]] == expected[:300]
+
+
+def test_pairs_and_added_tokens():
+    vocab = vocabulary()
+    ours, theirs = BertTokenizer(vocab), transformers.BertTokenizer(vocab=vocab)
+    for t in (ours, theirs):
+        t.add_tokens(["Dad"])
+    call = dict(return_token_type_ids=True, return_special_tokens_mask=True, padding="max_length",
+                max_length=20)
+    assert dict(ours("ab DAD", "cd a", **call)) == dict(theirs("ab DAD", "cd a", **call))
+    assert ours.all_special_tokens == theirs.all_special_tokens
+    assert ours.special_tokens_map == theirs.special_tokens_map
