@@ -22,12 +22,11 @@ from miniclip.config import (
     CLIPVisionConfig,
     Config,
     ConfigError,
-    read_tower,
 )
+from miniclip.habits import lenient
 from miniclip.model import (
     BaseModelOutputWithPooling,
     CLIPModel,
-    Features,
     activation,
     attention_fused,
     attention_written_out,
@@ -87,7 +86,7 @@ class DistilBertConfig(Config):
     pad_token_id: int | None = 0
 
     inert: ClassVar[dict[str, tuple]] = {
-        **{k: v for k, v in GENERIC_INERT.items() if k != "dropout"},
+        **GENERIC_INERT,
         "sinusoidal_pos_embds": (False,),  # only says how the position table was once filled
         "model_type": ("distilbert",),
     }
@@ -112,30 +111,30 @@ def _check(width: int, heads: int, act: str) -> None:
         raise ConfigError(f"activation {act!r} is not one of {', '.join(ACTIVATIONS)}")
 
 
+@lenient
 @dataclass(frozen=True)
 class ChineseCLIPConfig(CLIPConfig):
     """Chinese-CLIP: text_config is a BertConfig, the rest as CLIPConfig."""
 
     text_config: BertConfig = field(default_factory=BertConfig)
 
+    model_type: ClassVar[str] = "chinese_clip"
     inert: ClassVar[dict[str, tuple]] = {**GENERIC_INERT, "model_type": ("chinese_clip",)}
     metadata: ClassVar[frozenset[str]] = CLIPConfig.metadata | {"initializer_range"}
+    sub_configs: ClassVar[dict[str, type]] = {"text_config": BertConfig, "vision_config": CLIPVisionConfig}
 
     def check(self) -> None:
         """Both towers are configs."""
-        for name, kind in (("text_config", BertConfig), ("vision_config", CLIPVisionConfig)):
+        for name, kind in self.sub_configs.items():
             value = getattr(self, name)
             if not isinstance(value, kind):
                 object.__setattr__(self, name, kind.from_dict(_without_type(value), source=name))
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str = "config") -> ChineseCLIPConfig:
-        """CLIPConfig.from_dict, with a BertConfig for the text and the towers' own model_type ignored."""
-        values = dict(values)
-        for name, kind in (("text_config", BertConfig), ("vision_config", CLIPVisionConfig)):
-            legacy = values.pop(f"{name}_dict", None)
-            values[name] = read_tower(kind, _without_type(values.get(name)), legacy, f"{source}: {name}")
-        return super(CLIPConfig, cls).from_dict(values, source)
+    def sort_fields(cls, values: dict[str, Any], source: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """CLIPConfig's, with a BertConfig for the text and the towers' own model_type ignored."""
+        values = {name: _without_type(v) if name in cls.sub_configs else v for name, v in values.items()}
+        return super().sort_fields(values, source)
 
 
 def _without_type(values: Any) -> Any:
@@ -384,11 +383,6 @@ class ChineseCLIPModel(CLIPModel):
         """Old files carry a pooler that the model never used."""
         kept = super().convert_keys(state_dict)
         return {k: v for k, v in kept.items() if not k.startswith("text_model.pooler.")}
-
-    def get_text_features(self, *args: Any, token_type_ids: Tensor | None = None,
-                          **kwargs: Any) -> Features | tuple:
-        """[B, E], not normalised; BERT's tokenizer also gives token_type_ids."""
-        return super().get_text_features(*args, token_type_ids=token_type_ids, **kwargs)
 
     def forward(self, *args: Any, token_type_ids: Tensor | None = None, **kwargs: Any):
         """CLIPModel.forward. token_type_ids, which BERT's tokenizer gives, are 0 for a single text."""

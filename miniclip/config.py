@@ -14,6 +14,8 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from miniclip.habits import ConfigHabits, lenient
+
 
 class ConfigError(ValueError):
     """A config that cannot be honoured; the one-line message names the source, the field and the value."""
@@ -64,9 +66,20 @@ class Config(FrozenDict):
 
         Raises ConfigError for an unknown field, a value of the wrong type, or a left-out feature in use.
         """
+        chosen, aside = cls.sort_fields(values, source)
+        try:
+            config = cls(**chosen)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+        config.keep_aside(aside)
+        return config
+
+    @classmethod
+    def sort_fields(cls, values: dict[str, Any], source: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Checks a JSON object as from_dict does; returns its fields, lists as tuples, and its metadata."""
         known = {f.name: f for f in dataclasses.fields(cls)}
         hints = typing.get_type_hints(cls)
-        chosen = {}
+        chosen, aside = {}, {}
         for name, value in values.items():
             if name in known:
                 value = known[name].default if value is None and hints[name] is bool else _tuples(value)
@@ -77,13 +90,15 @@ class Config(FrozenDict):
                 if not any(value is v or (value == v and type(value) is type(v)) for v in cls.inert[name]):
                     raise ConfigError(f"{source}: {name} = {value!r} is not supported, only "
                                       f"{cls.inert[name]}")
-            elif not name.startswith("_") and name not in cls.metadata:
+            elif name.startswith("_") or name in cls.metadata:
+                aside[name] = value
+            else:
                 raise ConfigError(f"{source}: unknown field {name!r}; {cls.__name__} knows "
                                   f"{', '.join(known)}")
-        try:
-            return cls(**chosen)
-        except ConfigError as error:
-            raise ConfigError(f"{source}: {error}") from None
+        return chosen, aside
+
+    def keep_aside(self, aside: dict[str, Any]) -> None:
+        """Hook: the metadata that came with a config; here it is dropped."""
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict of all fields, tuples as lists, nested configs as dicts."""
@@ -131,11 +146,12 @@ def _name(hint: Any) -> str:
 
 
 # Fields that transformers 4 wrote into every config.json: settings of text generation, of training and of
-# labels. No forward pass of CLIP reads them.
+# labels. No forward pass of CLIP reads them; dropout is a field of 2021 that no released code applied.
 GENERIC_METADATA = frozenset(
     """
-    architectures bad_words_ids begin_suppress_tokens chunk_size_feed_forward decoder_start_token_id
-    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size
+    architectures attn_implementation bad_words_ids begin_suppress_tokens chunk_size_feed_forward
+    decoder_start_token_id
+    diversity_penalty do_sample dropout dtype early_stopping encoder_no_repeat_ngram_size
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
     gradient_checkpointing id2label label2id length_penalty max_length min_length no_repeat_ngram_size
     num_beam_groups num_beams num_labels num_return_sequences output_scores prefix problem_type
@@ -148,10 +164,9 @@ GENERIC_METADATA = frozenset(
 GENERIC_INERT = {
     "add_cross_attention": (False,),
     "cross_attention_hidden_size": (None,),
-    "dropout": (0, 0.0),  # a field of 2021 that no released code applied
     "is_decoder": (False,),
     "is_encoder_decoder": (False,),
-    "output_attentions": (False,),  # ask in the forward call instead
+    "output_attentions": (False,),  # CLIP's own configs have these two; elsewhere ask in the forward call
     "output_hidden_states": (False,),
     "pruned_heads": ({}, None),
 }
@@ -159,7 +174,17 @@ ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 
 
 @dataclass(frozen=True)
-class CLIPTextConfig(Config):
+class ModelConfig(ConfigHabits, Config):
+    """What the configs of CLIP share: what a forward call returns unless it says itself what it wants."""
+
+    output_attentions: bool = field(default=False, kw_only=True, hash=False)
+    output_hidden_states: bool = field(default=False, kw_only=True, hash=False)
+    return_dict: bool = field(default=True, kw_only=True, hash=False)     # False: a tuple
+
+
+@lenient
+@dataclass(frozen=True)
+class CLIPTextConfig(ModelConfig):
     """The text tower. Defaults: OpenAI's ViT-B/32. `from_dict` also takes the config of a whole CLIP
     model."""
 
@@ -180,6 +205,7 @@ class CLIPTextConfig(Config):
     bos_token_id: int | None = 49406
     eos_token_id: int | None = 49407  # 2 selects the old pooling rule: position of the largest id
 
+    model_type: ClassVar[str] = "clip_text_model"
     inert: ClassVar[dict[str, tuple]] = {**GENERIC_INERT, "model_type": ("clip_text_model", "clip")}
     metadata: ClassVar[frozenset[str]] = GENERIC_METADATA
 
@@ -207,8 +233,9 @@ class CLIPTextConfig(Config):
         _check_tower(self)
 
 
+@lenient
 @dataclass(frozen=True)
-class CLIPVisionConfig(Config):
+class CLIPVisionConfig(ModelConfig):
     """The picture tower, a ViT. Defaults: ViT-B/32. `from_dict` also takes the config of a whole CLIP
     model."""
 
@@ -226,6 +253,7 @@ class CLIPVisionConfig(Config):
     initializer_range: float = 0.02
     initializer_factor: float = 1.0
 
+    model_type: ClassVar[str] = "clip_vision_model"
     inert: ClassVar[dict[str, tuple]] = {**GENERIC_INERT, "model_type": ("clip_vision_model", "clip")}
     metadata: ClassVar[frozenset[str]] = GENERIC_METADATA | {"bos_token_id", "eos_token_id", "pad_token_id"}
 
@@ -244,8 +272,9 @@ class CLIPVisionConfig(Config):
                               f"{self.image_size}")
 
 
+@lenient
 @dataclass(frozen=True)
-class CLIPConfig(Config):
+class CLIPConfig(ModelConfig):
     """Both towers. `CLIPConfig(text_config={...}, vision_config={...})`; each may be a dict or a config."""
 
     text_config: CLIPTextConfig = field(default_factory=CLIPTextConfig)
@@ -254,24 +283,37 @@ class CLIPConfig(Config):
     logit_scale_init_value: float = 2.6592  # log of the inverse temperature; ln(1 / 0.07) rounded by upstream
     initializer_factor: float = 1.0
 
+    model_type: ClassVar[str] = "clip"
     inert: ClassVar[dict[str, tuple]] = {**GENERIC_INERT, "model_type": ("clip",)}
     metadata: ClassVar[frozenset[str]] = GENERIC_METADATA | {"bos_token_id", "eos_token_id", "pad_token_id"}
+    sub_configs: ClassVar[dict[str, type]] = {"text_config": CLIPTextConfig,
+                                              "vision_config": CLIPVisionConfig}
 
     def check(self) -> None:
         """Both towers are configs."""
-        for name, kind in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
+        for name, kind in self.sub_configs.items():
             value = getattr(self, name)
             if not isinstance(value, kind):
                 object.__setattr__(self, name, kind.from_dict(value or {}, source=name))
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str = "config") -> CLIPConfig:
+    def sort_fields(cls, values: dict[str, Any], source: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Reads both towers; where the legacy text_config_dict or vision_config_dict is there, it wins."""
         values = dict(values)
-        for name, kind in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
+        for name, kind in cls.sub_configs.items():
             values[name] = read_tower(kind, values.get(name), values.pop(f"{name}_dict", None),
                                       f"{source}: {name}")
-        return super().from_dict(values, source)
+        return super().sort_fields(values, source)
+
+    @classmethod
+    def from_text_vision_configs(cls, text_config: Config, vision_config: Config,
+                                 **fields: Any) -> CLIPConfig:
+        """A CLIP out of the configs of its towers."""
+        return cls(text_config=text_config, vision_config=vision_config, **fields)
+
+    def get_text_config(self, decoder: Any = None, encoder: Any = None) -> Config:
+        """The text tower's; upstream's two options choose among decoders, of which there are none."""
+        return self.text_config
 
 
 def read_tower(kind: type, values: Any, legacy: Any, source: str) -> Config:

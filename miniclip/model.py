@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from miniclip.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, ConfigError
+from miniclip.habits import PAIR_LEFT_OUT
 from miniclip.output import ModelOutput
-from miniclip.weights import ModelFolder
+from miniclip.pretrained import PretrainedModel, TokenTable
 
 # ---------------------------------------------------------------------------------------------------- outputs
 
@@ -235,7 +236,8 @@ class CLIPEncoder(nn.Module):
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig):
         super().__init__()
         self.layers = nn.ModuleList(CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.gradient_checkpointing = False  # in training: keep only the inputs of blocks, recompute the rest
+        # in training: keep only the inputs of blocks, recompute the rest
+        self.gradient_checkpointing = bool(getattr(config, "gradient_checkpointing", False))
 
     def forward(self, x: Tensor, bias: Tensor | None, causal: bool, want_states: bool, want_weights: bool):
         """x [B, T, D]; bias and causal go to every layer, as in attention_written_out."""
@@ -248,6 +250,11 @@ class CLIPEncoder(nn.Module):
             states.append(x)
             attentions.append(weights)
         return x, tuple(states) if want_states else None, tuple(attentions) if want_weights else None
+
+
+def choose(option: bool | None, default: bool) -> bool:
+    """An option of a forward call, or, where the call leaves it open, the config's."""
+    return default if option is None else bool(option)
 
 
 # ------------------------------------------------------------------------------------------------- text tower
@@ -278,6 +285,7 @@ class CLIPTextTransformer(nn.Module):
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
+        self.config = config
         self.eos_token_id = config.eos_token_id
         self.embeddings = CLIPTextEmbeddings(config)
         self.encoder = CLIPEncoder(config)
@@ -289,11 +297,16 @@ class CLIPTextTransformer(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        *,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutputWithPooling | tuple:
-        """input_ids [B, S] int; attention_mask [B, S], nonzero = a real token, or None: all are."""
+        """input_ids [B, S] int; attention_mask [B, S], nonzero = a real token, or None: all are.
+
+        output_attentions, output_hidden_states: fills these fields of the result. return_dict: False gives a
+        tuple. None leaves each of the three to the config.
+        """
         if input_ids is None:
             raise ValueError("input_ids is missing: the text tower reads token ids [B, S]")
         input_ids = input_ids.view(-1, input_ids.shape[-1])                   # [B, S]
@@ -304,11 +317,13 @@ class CLIPTextTransformer(nn.Module):
                 shapes = f"{list(attention_mask.shape)}, but input_ids {list(input_ids.shape)}"
                 raise ValueError(f"attention_mask has shape {shapes}")
             bias = causal_bias(x.shape[1], attention_mask, x.dtype, x.device)
-        x, states, attentions = self.encoder(x, bias, True, bool(output_hidden_states),
-                                             bool(output_attentions))
+        x, states, attentions = self.encoder(
+            x, bias, True, choose(output_hidden_states, self.config.output_hidden_states),
+            choose(output_attentions, self.config.output_attentions),
+        )  # fmt: skip
         x = self.final_layer_norm(x)
         out = BaseModelOutputWithPooling(x, self.pool(x, input_ids), states, attentions)
-        return out if return_dict is not False else out.to_tuple()
+        return out if choose(return_dict, self.config.return_dict) else out.to_tuple()
 
     def pool(self, x: Tensor, input_ids: Tensor) -> Tensor:
         """[B, S, D] -> [B, D]: the vector at the end-of-text token,
@@ -368,6 +383,7 @@ class CLIPVisionTransformer(nn.Module):
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
+        self.config = config
         self.embeddings = CLIPVisionEmbeddings(config)
         # sic: the key has the typo
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -378,21 +394,24 @@ class CLIPVisionTransformer(nn.Module):
     def forward(
         self,
         pixel_values: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        *,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
     ) -> BaseModelOutputWithPooling | tuple:
         """pixel_values [B, C, H, W], normalised. Other sizes than the config's need
-        interpolate_pos_encoding."""
+        interpolate_pos_encoding; the rest as in CLIPTextTransformer."""
         if pixel_values is None:
             raise ValueError("pixel_values is missing: the vision tower reads pictures [B, C, H, W]")
         x = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding))  # [B, T, D]
-        x, states, attentions = self.encoder(x, None, False, bool(output_hidden_states),
-                                             bool(output_attentions))
+        x, states, attentions = self.encoder(
+            x, None, False, choose(output_hidden_states, self.config.output_hidden_states),
+            choose(output_attentions, self.config.output_attentions),
+        )  # fmt: skip
         pooled = self.post_layernorm(x[:, 0])                                 # [B, D], the class token
         out = BaseModelOutputWithPooling(x, pooled, states, attentions)
-        return out if return_dict is not False else out.to_tuple()
+        return out if choose(return_dict, self.config.return_dict) else out.to_tuple()
 
 
 # -------------------------------------------------------------------------------------------- initial weights
@@ -436,11 +455,9 @@ def projection(width: int, shared: int, factor: float) -> nn.Linear:
 # ---------------------------------------------------------------------------------------------- public models
 
 
-class CLIPPreTrainedModel(ModelFolder, nn.Module):
-    """What the five public models share: reading every generation of keys, writing config.json,
-    small services."""
+class CLIPPreTrainedModel(PretrainedModel):
+    """What the public models share: reading every generation of keys, writing config.json."""
 
-    weights_stem = "model"
     model_type = "clip"
     own_heads: tuple[str, ...] = ()  # projections of this class, to be kept when it is read from a whole CLIP
 
@@ -470,76 +487,48 @@ class CLIPPreTrainedModel(ModelFolder, nn.Module):
         head = {"architectures": [type(self).__name__], "model_type": self.model_type, "torch_dtype": dtype}
         return {**head, **self.config.to_dict()}
 
-    def gradient_checkpointing_enable(self, on: bool = True) -> None:
-        """Trades time for memory in training: blocks are recomputed in the backward pass; same gradients."""
-        for module in self.modules():
-            if isinstance(module, CLIPEncoder):
-                module.gradient_checkpointing = on
 
-    def gradient_checkpointing_disable(self) -> None:
-        """Keeps all activations again."""
-        self.gradient_checkpointing_enable(False)
-
-
-class _TextModel(CLIPPreTrainedModel):
+class _TextModel(TokenTable, CLIPPreTrainedModel):
     """The part common to CLIPTextModel and CLIPTextModelWithProjection."""
 
     config_class = CLIPTextConfig
     model_type = "clip_text_model"
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The token table."""
-        return self.text_model.embeddings.token_embedding
-
-    def resize_token_embeddings(self, new_num_tokens: int) -> nn.Embedding:
-        """Appends random rows to the token table, or cuts rows off. Returns the new table."""
-        e = self.text_model.embeddings
-        old, new = e.token_embedding, nn.Embedding(new_num_tokens, e.token_embedding.embedding_dim)
-        new = new.to(old.weight)
-        nn.init.normal_(new.weight, std=0.02 * self.config.initializer_factor)
-        kept = min(new_num_tokens, old.num_embeddings)
-        with torch.no_grad():
-            new.weight[:kept] = old.weight[:kept]
-        e.token_embedding = new
-        self.config = dataclasses.replace(self.config, vocab_size=new_num_tokens)
-        return new
-
-
-class CLIPTextModel(_TextModel):
-    """The text tower alone: Stable Diffusion's text encoder.
-
-    `model(input_ids)` -> BaseModelOutputWithPooling; see CLIPTextTransformer.forward for the arguments.
-    """
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
         self.config = config
         self.text_model = CLIPTextTransformer(config)
 
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling | tuple:
-        """Arguments and result of CLIPTextTransformer.forward."""
-        return self.text_model(*args, **kwargs)
+
+class CLIPTextModel(_TextModel):
+    """The text tower alone: Stable Diffusion's text encoder. `model(input_ids)`."""
+
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                position_ids: Tensor | None = None,
+                **options: bool | None) -> BaseModelOutputWithPooling | tuple:
+        """input_ids [B, S] -> last_hidden_state [B, S, D], pooler_output [B, D]; see CLIPTextTransformer."""
+        return self.text_model(input_ids, attention_mask, position_ids, **options)
 
 
 class CLIPTextModelWithProjection(_TextModel):
     """The text tower and its projection: SDXL's second text encoder."""
 
     own_heads = ("text_projection.",)
+    base_model_prefix = "text_model"
 
     def __init__(self, config: CLIPTextConfig):
-        super().__init__()
-        self.config = config
-        self.text_model = CLIPTextTransformer(config)
+        super().__init__(config)
         self.text_projection = projection(config.hidden_size, config.projection_dim,
                                           config.initializer_factor)
 
-    def forward(self, *args: Any, return_dict: bool | None = None,
-                **kwargs: Any) -> CLIPTextModelOutput | tuple:
-        """Arguments of CLIPTextTransformer.forward; text_embeds [B, E] comes first."""
-        out = self.text_model(*args, **kwargs)
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                position_ids: Tensor | None = None, *, return_dict: bool | None = None,
+                **options: bool | None) -> CLIPTextModelOutput | tuple:
+        """As CLIPTextTransformer.forward, but text_embeds [B, E] comes first, and no pooler_output."""
+        out = self.text_model(input_ids, attention_mask, position_ids, return_dict=True, **options)
         embeds = self.text_projection(out.pooler_output)                      # [B, E]
         out = CLIPTextModelOutput(embeds, out.last_hidden_state, out.hidden_states, out.attentions)
-        return out if return_dict is not False else out.to_tuple()
+        return out if choose(return_dict, self.config.return_dict) else out.to_tuple()
 
 
 class _VisionModel(CLIPPreTrainedModel):
@@ -547,47 +536,51 @@ class _VisionModel(CLIPPreTrainedModel):
 
     config_class = CLIPVisionConfig
     model_type = "clip_vision_model"
-
-    def get_input_embeddings(self) -> nn.Conv2d:
-        """The convolution that turns patches into vectors."""
-        return self.vision_model.embeddings.patch_embedding
-
-
-class CLIPVisionModel(_VisionModel):
-    """The vision tower alone.
-
-    `model(pixel_values)` -> BaseModelOutputWithPooling; see CLIPVisionTransformer.forward for the arguments.
-    """
+    main_input_name = "pixel_values"
+    left_out = {"resize_token_embeddings": "pictures have no tokens"}
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         self.config = config
         self.vision_model = CLIPVisionTransformer(config)
 
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling | tuple:
-        """Arguments and result of CLIPVisionTransformer.forward."""
-        return self.vision_model(*args, **kwargs)
+    def get_input_embeddings(self) -> nn.Conv2d:
+        """The convolution that turns patches into vectors."""
+        return self.vision_model.embeddings.patch_embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Puts another layer in its place."""
+        self.vision_model.embeddings.patch_embedding = value
+
+
+class CLIPVisionModel(_VisionModel):
+    """The vision tower alone. `model(pixel_values)`."""
+
+    def forward(self, pixel_values: Tensor | None = None, interpolate_pos_encoding: bool = False,
+                **options: bool | None) -> BaseModelOutputWithPooling | tuple:
+        """pixel_values [B, C, H, W] -> last_hidden_state [B, T, D], pooler_output [B, D];
+        see CLIPVisionTransformer."""
+        return self.vision_model(pixel_values, interpolate_pos_encoding, **options)
 
 
 class CLIPVisionModelWithProjection(_VisionModel):
     """The vision tower and its projection."""
 
     own_heads = ("visual_projection.",)
+    base_model_prefix = "vision_model"
 
     def __init__(self, config: CLIPVisionConfig):
-        super().__init__()
-        self.config = config
-        self.vision_model = CLIPVisionTransformer(config)
+        super().__init__(config)
         self.visual_projection = projection(config.hidden_size, config.projection_dim,
                                             config.initializer_factor)
 
-    def forward(self, *args: Any, return_dict: bool | None = None,
-                **kwargs: Any) -> CLIPVisionModelOutput | tuple:
-        """Arguments of CLIPVisionTransformer.forward; image_embeds [B, E] comes first."""
-        out = self.vision_model(*args, **kwargs)
+    def forward(self, pixel_values: Tensor | None = None, interpolate_pos_encoding: bool = False, *,
+                return_dict: bool | None = None, **options: bool | None) -> CLIPVisionModelOutput | tuple:
+        """As CLIPVisionTransformer.forward, but image_embeds [B, E] comes first, and no pooler_output."""
+        out = self.vision_model(pixel_values, interpolate_pos_encoding, return_dict=True, **options)
         embeds = self.visual_projection(out.pooler_output)                    # [B, E]
         out = CLIPVisionModelOutput(embeds, out.last_hidden_state, out.hidden_states, out.attentions)
-        return out if return_dict is not False else out.to_tuple()
+        return out if choose(return_dict, self.config.return_dict) else out.to_tuple()
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -615,6 +608,7 @@ class CLIPModel(CLIPPreTrainedModel):
     `CLIPModel.from_pretrained(folder)` reads them."""
 
     config_class = CLIPConfig
+    left_out = PAIR_LEFT_OUT
     text_tower = CLIPTextTransformer
     vision_tower = CLIPVisionTransformer
 
@@ -628,24 +622,29 @@ class CLIPModel(CLIPPreTrainedModel):
         self.text_projection = projection(text.hidden_size, config.projection_dim, factor)
         # ln of 1/temperature
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        if getattr(config, "gradient_checkpointing", False):
+            self.gradient_checkpointing_enable()
 
-    def get_text_features(self, *args: Any, return_dict: bool | None = None,
-                          **kwargs: Any) -> Features | tuple:
-        """Projected text vectors [B, E], not normalised. Arguments of CLIPTextTransformer.forward.
-
-        Serves transformers 4's idiom (the result is a tensor) and 5's (`.pooler_output`); see Features.
-        """
-        out = self.text_model(*args, **kwargs)
-        return features_of(self.text_projection(out.pooler_output), out, return_dict is not False)
-
-    def get_image_features(self, *args: Any, return_dict: bool | None = None,
-                           **kwargs: Any) -> Features | tuple:
-        """Projected picture vectors [B, E], not normalised. Arguments of CLIPVisionTransformer.forward.
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+                          position_ids: Tensor | None = None, *, return_dict: bool | None = None,
+                          **options: Any) -> Features | tuple:
+        """input_ids [B, S] -> projected text vectors [B, E], not normalised; as CLIPTextTransformer.forward.
 
         Serves transformers 4's idiom (the result is a tensor) and 5's (`.pooler_output`); see Features.
         """
-        out = self.vision_model(*args, **kwargs)
-        return features_of(self.visual_projection(out.pooler_output), out, return_dict is not False)
+        out = self.text_model(input_ids, attention_mask, position_ids, return_dict=True, **options)
+        return features_of(self.text_projection(out.pooler_output), out,
+                           choose(return_dict, self.config.return_dict))
+
+    def get_image_features(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, *,
+                           return_dict: bool | None = None, **options: bool | None) -> Features | tuple:
+        """pixel_values [B, C, H, W] -> projected picture vectors [B, E], not normalised.
+
+        Serves transformers 4's idiom (the result is a tensor) and 5's (`.pooler_output`); see Features.
+        """
+        out = self.vision_model(pixel_values, interpolate_pos_encoding, return_dict=True, **options)
+        return features_of(self.visual_projection(out.pooler_output), out,
+                           choose(return_dict, self.config.return_dict))
 
     def forward(
         self,
@@ -654,16 +653,19 @@ class CLIPModel(CLIPPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         return_loss: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        *,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
     ) -> CLIPOutput | tuple:
-        """input_ids [Bt, S], pixel_values [Bi, C, H, W] -> CLIPOutput; with return_loss Bt must equal Bi."""
-        text = self.text_model(input_ids, attention_mask, position_ids, output_attentions,
-                               output_hidden_states)
-        vision = self.vision_model(pixel_values, output_attentions, output_hidden_states,
-                                   interpolate_pos_encoding)
+        """input_ids [Bt, S], pixel_values [Bi, C, H, W] -> CLIPOutput; with return_loss Bt must equal Bi.
+
+        output_attentions, output_hidden_states: None leaves them to the towers' configs.
+        """
+        asked = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        text = self.text_model(input_ids, attention_mask, position_ids, return_dict=True, **asked)
+        vision = self.vision_model(pixel_values, interpolate_pos_encoding, return_dict=True, **asked)
         # [Bt, E]; stored projected, as in
         text.pooler_output = self.text_projection(text.pooler_output)
         vision.pooler_output = self.visual_projection(vision.pooler_output)   # [Bi, E]; transformers 5, not 4
@@ -671,4 +673,4 @@ class CLIPModel(CLIPPreTrainedModel):
         logits_per_text = text_embeds @ image_embeds.T * self.logit_scale.exp()  # [Bt, Bi]
         loss = clip_loss(logits_per_text) if return_loss else None
         out = CLIPOutput(loss, logits_per_text.T, logits_per_text, text_embeds, image_embeds, text, vision)
-        return out if return_dict is not False else out.to_tuple()
+        return out if choose(return_dict, self.config.return_dict) else out.to_tuple()

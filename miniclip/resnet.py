@@ -215,7 +215,7 @@ class CLIPResNetModel(CLIPPreTrainedModel):
     def get_text_features(self, *args: Any, return_dict: bool | None = None,
                           **kwargs: Any) -> Features | tuple:
         """[B, E], not normalised; see CLIPModel.get_text_features."""
-        out = self.text_model(*args, **kwargs)
+        out = self.text_model(*args, return_dict=True, **kwargs)
         return features_of(self.text_projection(out.pooler_output), out, return_dict is not False)
 
     def get_image_features(self, pixel_values: Tensor, return_dict: bool | None = None) -> Features | tuple:
@@ -237,7 +237,8 @@ class CLIPResNetModel(CLIPPreTrainedModel):
         return_dict: bool | None = None,
     ) -> CLIPOutput | tuple:
         """input_ids [Bt, S], pixel_values [Bi, 3, n, n] -> CLIPOutput, as CLIPModel."""
-        text, vision = self.text_model(input_ids, attention_mask, position_ids), self._vision(pixel_values)
+        text = self.text_model(input_ids, attention_mask, position_ids, return_dict=True)
+        vision = self._vision(pixel_values)
         text.pooler_output = self.text_projection(text.pooler_output)         # [Bt, E]
         text_embeds, image_embeds = normalize(text.pooler_output), normalize(vision.pooler_output)
         logits_per_text = text_embeds @ image_embeds.T * self.logit_scale.exp()  # [Bt, Bi]

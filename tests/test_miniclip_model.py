@@ -1,9 +1,11 @@
 """miniclip/model.py and config.py without transformers: golden numbers and keys, contracts, errors."""
 
+import copy
 import dataclasses
 import importlib.util
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -163,7 +165,9 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     grads = []
     for on in (False, True):
         model = tiny().train()
-        model.gradient_checkpointing_enable(on)
+        if on:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        assert model.is_gradient_checkpointing == on
         out = model(input_ids=torch.tensor(make.IDS), pixel_values=make.pixels().float(), return_loss=True)
         out.loss.backward()
         grads.append([p.grad for p in model.parameters()])
@@ -217,8 +221,125 @@ def test_resize_token_embeddings():
     model = CLIPTextModel(CLIPTextConfig(**make.TEXT))
     before = model.get_input_embeddings().weight.clone()
     model.resize_token_embeddings(53)
-    assert model.config.vocab_size == 53 and torch.equal(model.get_input_embeddings().weight[:50], before)
+    assert model.config.vocab_size == model.text_model.config.vocab_size == 53
+    assert torch.equal(model.get_input_embeddings().weight[:50], before)
+    assert torch.allclose(model.get_input_embeddings().weight[50:], before.mean(0).expand(3, -1), atol=1e-4)
     assert model(torch.tensor([[48, 52, 49]])).pooler_output.isfinite().all()
+    assert model.resize_token_embeddings() is model.get_input_embeddings()
+    assert model.resize_token_embeddings(50, mean_resizing=False).weight.shape[0] == 50
+    assert model.resize_token_embeddings(pad_to_multiple_of=64).weight.shape[0] == 64
+    with pytest.raises(ValueError, match="pad_to_multiple_of = 1.3"):
+        model.resize_token_embeddings(pad_to_multiple_of=1.3)
+
+
+def test_what_a_forward_call_returns_may_be_set_in_the_config(tmp_path):
+    model, ids = CLIPTextModel(CLIPTextConfig(**make.TEXT, output_attentions=True)), torch.tensor(make.IDS)
+    out = model(ids)
+    assert len(out.attentions) == 2 and out.hidden_states is None
+    assert model(ids, output_attentions=False).attentions is None
+    model.config.output_hidden_states = True
+    assert len(model(ids).hidden_states) == 3
+    model.config.return_dict = False
+    assert len(model(ids)) == 4 and model(ids, return_dict=True).hidden_states is not None
+    model.save_pretrained(tmp_path)
+    assert isinstance(CLIPTextModel.from_pretrained(tmp_path)(ids), tuple)
+    read = CLIPTextModel.from_pretrained(tmp_path, return_dict=True, output_attentions=False)(ids)
+    assert read.attentions is None and len(read.hidden_states) == 3
+    whole = tiny()
+    whole.config.return_dict = whole.config.text_config.return_dict = False
+    for out in (whole(ids, make.pixels().float()), whole.get_text_features(ids),
+                whole.get_image_features(make.pixels().float())):
+        assert isinstance(out, tuple)
+    with pytest.raises(TypeError, match="output_atentions"):
+        model(ids, output_atentions=True)
+
+
+def test_gradients_of_states_and_attentions():
+    out = tiny().text_model(torch.tensor(make.IDS), output_hidden_states=True, output_attentions=True)
+    kept = out.hidden_states[0], out.attentions[0]
+    for tensor in kept:
+        tensor.retain_grad()
+    out.last_hidden_state[:, -1].sum().backward()
+    assert all(tensor.grad is not None and tensor.grad.abs().sum() > 0 for tensor in kept)
+
+
+def test_other_ways_to_load(tmp_path):
+    model = CLIPTextModel(CLIPTextConfig(**make.TEXT)).half()
+    model.save_pretrained(tmp_path)
+    back, info = CLIPTextModel.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
+    assert back.dtype == torch.float16 and not any(info.values()) and not back.training
+    state, config = model.state_dict(), model.config
+    read = [CLIPTextModel.from_pretrained(tmp_path, config=config, torch_dtype="float16"),
+            CLIPTextModel.from_pretrained(None, config=config, state_dict=state, dtype=torch.float16),
+            CLIPTextModel.from_pretrained(None, config=str(tmp_path), state_dict=state, dtype="float16")]
+    for other in read:
+        assert all(map(torch.equal, state.values(), other.state_dict().values()))
+    next(iter(read[1].parameters())).data.zero_()                             # a copy
+    assert state["text_model.embeddings.token_embedding.weight"].abs().sum() > 0
+    tiny().save_pretrained(tmp_path / "whole")
+    whole = CLIPModel.from_pretrained(tmp_path / "whole", text_config={"attention_dropout": 0.5})
+    assert whole.text_model.config == dataclasses.replace(tiny().config.text_config, attention_dropout=0.5)
+    with pytest.raises(miniclip.WeightsError, match="missing"):
+        CLIPTextModel.from_pretrained(None, config=config, state_dict={})
+    for wrong in ("load", "int8", "float15"):
+        with pytest.raises(miniclip.WeightsError, match=f"dtype = '{wrong}' is not a floating-point"):
+            CLIPTextModel.from_pretrained(tmp_path, config=config, dtype=wrong)
+    with pytest.raises(ValueError, match="ignore_mismatched_sizes is not supported"):
+        CLIPTextModel.from_pretrained(tmp_path, config=config, ignore_mismatched_sizes=True)
+    with pytest.raises(TypeError, match="revison"):
+        CLIPTextModel.from_pretrained(tmp_path, revison="main")
+
+
+def test_services_of_a_pretrained_model():
+    model = tiny()
+    tables = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
+    assert model.num_parameters(exclude_embeddings=True) == model.num_parameters() - tables
+    model.logit_scale.requires_grad_(False)
+    assert model.num_parameters(only_trainable=True) == model.num_parameters() - 1
+    assert model.get_memory_footprint() == 4 * model.num_parameters()
+    assert not model.can_generate() and model.get_output_embeddings() is None and model.tie_weights() is None
+    with pytest.raises(NotImplementedError, match="each tower has its own"):
+        model.get_input_embeddings()
+    with pytest.raises(AttributeError, match="CLIPModel.generate is left out: CLIP generates no text"):
+        model.generate()
+    tower = miniclip.CLIPVisionModelWithProjection(CLIPVisionConfig(**make.VISION))
+    assert tower.base_model is tower.vision_model and model.base_model is model
+    assert tower.main_input_name == "pixel_values" and not hasattr(tower, "resize_token_embeddings")
+    before = tower.visual_projection.weight.clone()
+    torch.manual_seed(3)
+    tower.init_weights()
+    torch.manual_seed(3)
+    fresh = type(tower)(tower.config)
+    assert not torch.equal(before, fresh.visual_projection.weight)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), tower.parameters(), strict=True))
+    new = torch.nn.Conv2d(3, 20, 4)
+    tower.set_input_embeddings(new)
+    assert tower.get_input_embeddings() is new
+
+
+def test_gradients_reach_the_input_of_frozen_embeddings():
+    model, ids = CLIPTextModel(CLIPTextConfig(**make.TEXT)).requires_grad_(False), torch.tensor(make.IDS)
+    assert not model(ids)[0].requires_grad
+    model.enable_input_require_grads()
+    model.enable_input_require_grads()
+    assert model(ids)[0].requires_grad
+    model.disable_input_require_grads()
+    assert not model(ids)[0].requires_grad
+
+
+def test_gradient_checkpointing_by_every_name():
+    for enable in ("gradient_checkpointing_enable", "activation_checkpointing_enable"):
+        model = tiny()
+        assert not model.is_gradient_checkpointing and model.supports_gradient_checkpointing
+        getattr(model, enable)({"use_reentrant": True})
+        assert model.is_gradient_checkpointing and model.is_activation_checkpointing
+        model.activation_checkpointing_disable()
+        assert not model.is_gradient_checkpointing
+        with pytest.raises(ValueError, match="offload is not supported"):
+            getattr(model, enable)(offload=True)
+    assert CLIPTextModel(CLIPTextConfig(**make.TEXT, gradient_checkpointing=True)).is_gradient_checkpointing
+    assert CLIPModel(CLIPConfig(text_config=make.TEXT, vision_config=make.VISION,
+                                gradient_checkpointing=True)).is_gradient_checkpointing
 
 
 def test_errors_name_field_and_value():
@@ -264,10 +385,51 @@ def test_configs_of_real_files():
     assert CLIPTextConfig.from_dict(values) == config.text_config
     assert CLIPVisionConfig.from_dict(values) == config.vision_config
     assert CLIPConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(ConfigError, match="dropout = 0.1"):
-        CLIPTextConfig.from_dict({"dropout": 0.1})
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    assert CLIPConfig(**values) == config
+    with pytest.raises(ConfigError, match="is_decoder = True"):
+        CLIPTextConfig.from_dict({"is_decoder": True})
+
+
+def test_configs_are_frozen_but_for_what_shapes_no_weight():
+    config = CLIPConfig(architectures=["CLIPModel"], text_config={"dropout": 0.1})
+    assert config.architectures == ["CLIPModel"] and config.text_config.dropout == 0.1
+    assert config.model_type == CLIPConfig.model_type == "clip" and config.is_encoder_decoder is False
+    assert config == CLIPConfig() and "architectures" not in config.to_dict()
+    config.output_attentions, config.chunk_size_feed_forward, config._attn_implementation = True, 1, "eager"
+    assert config["output_attentions"] and config.to_dict()["output_attentions"] and config != CLIPConfig()
+    for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert copied == config and copied.chunk_size_feed_forward == 1
+    with pytest.raises(dataclasses.FrozenInstanceError, match="'projection_dim'.*dataclasses.replace"):
         config.projection_dim = 3
+    for name, value in {"hidden_sise": 3, "output_attentions": "yes"}.items():
+        with pytest.raises(dataclasses.FrozenInstanceError, match=name):
+            setattr(config, name, value)
+    with pytest.raises(ConfigError, match="CLIPTextConfig: unknown field 'hidden_sise'"):
+        CLIPTextConfig(hidden_sise=3)
+    assert CLIPTextConfig(50, dropout=0.1).vocab_size == 50
+    with pytest.raises(AttributeError, match="push_to_hub is left out: save_pretrained"):
+        config.push_to_hub("me/mine")
+
+
+def test_configs_as_files_and_strings(tmp_path):
+    config = tiny().config
+    config.save_pretrained(tmp_path / "sub")
+    assert CLIPConfig.from_pretrained(tmp_path, subfolder="sub") == config
+    assert CLIPTextConfig.from_pretrained(tmp_path / "sub") == config.text_config
+    changed = CLIPConfig.from_pretrained(tmp_path / "sub", text_config={"vocab_size": 20}, return_dict=False)
+    assert changed.text_config == dataclasses.replace(config.text_config, vocab_size=20)
+    assert changed.return_dict is False and changed.vision_config == config.vision_config
+    config.to_json_file(tmp_path / "diff.json")
+    assert CLIPConfig.from_json_file(tmp_path / "diff.json") == config
+    text = config.get_text_config()
+    assert json.loads(text.to_json_string()) == text.to_diff_dict() == {
+        "model_type": "clip_text_model", **{k: v for k, v in make.TEXT.items()
+                                            if v != getattr(CLIPTextConfig(), k)}}
+    assert json.loads(text.to_json_string(use_diff=False)) == text.to_dict()
+    whole = CLIPConfig.from_text_vision_configs(text, config.vision_config, projection_dim=16)
+    assert whole == config and text.get_text_config() is text
+    with pytest.raises(TypeError, match="vocab_sise"):
+        CLIPTextConfig.from_pretrained(tmp_path / "sub", vocab_sise=3)
 
 
 def test_import_needs_torch_alone():

@@ -5,6 +5,8 @@ Bar: relative error at most 1e-12 in float64 and 2e-6 in float32, features, hidd
 loss, gradients.
 """
 
+import inspect
+import json
 import random
 
 import pytest
@@ -239,3 +241,49 @@ def test_initial_weights():
         else:
             close = abs(a.std() / b.std() - 1) < 5 / a.numel() ** 0.5
             assert close, f"{name}: {a.std():.4f}, upstream {b.std():.4f}"
+
+
+@pytest.mark.parametrize("name", TOWERS[:2])
+@pytest.mark.parametrize("options", [{}, {"mean_resizing": False}, {"pad_to_multiple_of": 16}])
+@pytest.mark.parametrize("rows", [None, VOCAB + 9, VOCAB - 9])
+def test_resized_token_tables(name, options, rows):
+    ours, theirs = tiny(name, miniclip), tiny(name, transformers)
+    tables = []
+    for model in (ours, theirs):
+        torch.manual_seed(7)
+        tables.append(model.resize_token_embeddings(rows, **options).weight)
+    assert tables[0].shape == tables[1].shape and ours.config.vocab_size == theirs.config.vocab_size
+    assert (tables[0] - tables[1]).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_public_name_is_here_or_left_out_with_a_reason(name):
+    theirs, ours = getattr(transformers, name), tiny(name, miniclip)
+    for there, here in ((theirs, ours), (theirs.config_class, ours.config)):
+        left_out = {n for kind in type(here).__mro__ for n in vars(kind).get("left_out", ())}
+        names = {n for n in dir(there) if not n.startswith("_")}
+        kept = getattr(here, "metadata", frozenset())
+        assert not [n for n in names if not hasattr(here, n) and n not in left_out and n not in kept]
+        assert not [n for n in left_out if hasattr(here, n)]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_arguments_stand_in_upstreams_order(name):
+    for method in ("forward", "get_text_features", "get_image_features"):
+        if hasattr(getattr(transformers, name), method):
+            theirs, ours = (inspect.signature(getattr(getattr(p, name), method)).parameters.values()
+                            for p in (transformers, miniclip))
+            theirs, ours = ([(p.name, p.default) for p in places if p.kind == p.POSITIONAL_OR_KEYWORD]
+                            for places in (theirs, ours))
+            assert ours == theirs
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_counts_and_config_strings(name):
+    ours, theirs = tiny(name, miniclip), tiny(name, transformers)
+    for option in ({}, {"exclude_embeddings": True}):
+        assert ours.num_parameters(**option) == theirs.num_parameters(**option)
+    assert ours.get_memory_footprint(False) == theirs.get_memory_footprint(False)
+    values = json.loads(ours.config.to_json_string())
+    assert theirs.config_class(**values).to_dict() == theirs.config_class(**theirs.config.to_dict()).to_dict()
+    assert ours.config_class(**theirs.config.to_dict()) == ours.config
