@@ -26,7 +26,7 @@ from miniclip.habits import (
 from miniclip.weights import read_json, write_json
 
 
-class ConfigHabits(LeftOut):
+class WithConfig(LeftOut):
     """Mixin of what has a `config`."""
 
     config: Any
@@ -85,7 +85,7 @@ def overriding(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in known}
 
 
-class SchedulerHabits(ConfigHabits):
+class SchedulerHabits(WithConfig):
     """The names that diffusers' schedulers inherit, but for those that schedule.py has."""
 
     config_name = "scheduler_config.json"
@@ -157,7 +157,7 @@ class SchedulerHabits(ConfigHabits):
 # -------------------------------------------------------------------------------------------------- models
 
 
-class ModelHabits(ConfigHabits):
+class ModelHabits(WithConfig):
     """Mixin of the UNet and the VAE; nothing here changes what they compute."""
 
     _supports_gradient_checkpointing = True     # upstream's trainers ask

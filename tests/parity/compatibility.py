@@ -7,14 +7,9 @@ name that is none of these is an error, here and in test_compatibility.py.
 
 from __future__ import annotations
 
-import inspect
-import logging
-import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 import miniclip
