@@ -48,6 +48,7 @@ SAVING_IDLE = table({
     "save_original_format": "always so: names of tensors are those of the first files",
 })
 SAVING_REFUSED = table({"push_to_hub repo_id": "upload the folder with huggingface_hub",
+                        "use_flashpack": "weights are written as safetensors, or as pickles",
                         "distributed_checkpoint": "gather the weights first, then save",
                         "state_dict": "load_state_dict first, then save"})
 
@@ -176,6 +177,9 @@ class ConfigHabits(LeftOut):
     """
 
     left_out = CONFIG_LEFT_OUT
+    arguments_left_out: ClassVar[dict[str, Table]] = {
+        "update": {"config_dict": "dataclasses.replace(config, name=value) makes a changed copy"},
+    }
     model_type: ClassVar[str]
     sub_configs: ClassVar[dict[str, type]] = {}
 

@@ -418,7 +418,7 @@ class CLIPVisionTransformer(nn.Module):
 
 
 def init_tower(tower: nn.Module, config: CLIPTextConfig | CLIPVisionConfig) -> None:
-    """Random weights as transformers draws them: normal, biases 0, norms 1.
+    """Random weights as transformers 5 draws them, the same from the same seed: normal, biases 0, norms 1.
 
     OpenAI's own code differs: there q, k, v are wide and out_proj narrow in the text tower,
     here the other way round; its positions are drawn with 0.01, here 0.02;
@@ -426,30 +426,39 @@ def init_tower(tower: nn.Module, config: CLIPTextConfig | CLIPVisionConfig) -> N
     """
     D, L, factor = config.hidden_size, config.num_hidden_layers, config.initializer_factor
     narrow, wide = D**-0.5 * (2 * L) ** -0.5 * factor, D**-0.5 * factor
-    for layer in tower.encoder.layers:
-        attn, mlp = layer.self_attn, layer.mlp
-        deviations = {attn.k_proj: narrow, attn.v_proj: narrow, attn.q_proj: narrow, attn.out_proj: wide,
-                      mlp.fc1: (2 * D) ** -0.5 * factor, mlp.fc2: narrow}  # fmt: skip
-        for linear, deviation in deviations.items():
-            nn.init.normal_(linear.weight, std=deviation)
-            nn.init.zeros_(linear.bias)
     e = tower.embeddings
     if isinstance(e, CLIPTextEmbeddings):
-        nn.init.normal_(e.token_embedding.weight, std=0.02 * factor)
-        nn.init.normal_(e.position_embedding.weight, std=0.02 * factor)
+        draw(e, {e.token_embedding.weight: 0.02 * factor, e.position_embedding.weight: 0.02 * factor})
     else:
-        nn.init.normal_(e.class_embedding, std=wide)
-        nn.init.normal_(e.patch_embedding.weight, std=config.initializer_range * factor)
-        nn.init.normal_(e.position_embedding.weight, std=config.initializer_range * factor)
+        usual = config.initializer_range * factor
+        draw(e, {e.class_embedding: wide, e.patch_embedding.weight: usual, e.position_embedding.weight: usual})
+    for layer in tower.encoder.layers:
+        attn, mlp = layer.self_attn, layer.mlp
+        draw(attn, {attn.q_proj.weight: narrow, attn.k_proj.weight: narrow, attn.v_proj.weight: narrow,
+                    attn.out_proj.weight: wide})
+        draw(mlp, {mlp.fc1.weight: (2 * D) ** -0.5 * factor, mlp.fc2.weight: narrow})
 
 
-def projection(width: int, shared: int, factor: float) -> nn.Linear:
-    """[B, D] -> [B, E], no bias: the last step into the shared space."""
+def draw(group: nn.Module, deviations: dict[Tensor, float]) -> None:
+    """Draws the weights of a group of layers with these standard deviations, and sets their biases to 0.
+
+    transformers first draws each layer for itself, in the order in which they were made; those numbers are
+    thrown away, but a seed's next numbers are others after them.
+    """
+    for layer in group.children():
+        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.Embedding)) and layer.weight in deviations:
+            nn.init.normal_(layer.weight)
+        if isinstance(layer, nn.Linear) and layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    for weight, deviation in deviations.items():
+        nn.init.normal_(weight, std=deviation)
+
+
+def projection(width: int, shared: int | None) -> nn.Linear:
+    """[B, D] -> [B, E], no bias: the last step into the shared space. Its weights are yet to be drawn."""
     if shared is None:
         raise ConfigError("projection_dim = None, but this model projects")
-    linear = nn.Linear(width, shared, bias=False)
-    nn.init.normal_(linear.weight, std=width**-0.5 * factor)
-    return linear
+    return nn.Linear(width, shared, bias=False)
 
 
 # ---------------------------------------------------------------------------------------------- public models
@@ -518,8 +527,9 @@ class CLIPTextModelWithProjection(_TextModel):
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__(config)
-        self.text_projection = projection(config.hidden_size, config.projection_dim,
-                                          config.initializer_factor)
+        self.text_projection = projection(config.hidden_size, config.projection_dim)
+        deviation = config.hidden_size**-0.5 * config.initializer_factor
+        draw(self, {self.text_projection.weight: deviation})
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, *, return_dict: bool | None = None,
@@ -571,8 +581,9 @@ class CLIPVisionModelWithProjection(_VisionModel):
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__(config)
-        self.visual_projection = projection(config.hidden_size, config.projection_dim,
-                                            config.initializer_factor)
+        self.visual_projection = projection(config.hidden_size, config.projection_dim)
+        deviation = config.hidden_size**-0.5 * config.initializer_factor
+        draw(self, {self.visual_projection.weight: deviation})
 
     def forward(self, pixel_values: Tensor | None = None, interpolate_pos_encoding: bool = False, *,
                 return_dict: bool | None = None, **options: bool | None) -> CLIPVisionModelOutput | tuple:
@@ -618,8 +629,10 @@ class CLIPModel(CLIPPreTrainedModel):
         text, vision, factor = config.text_config, config.vision_config, config.initializer_factor
         self.text_model = self.text_tower(text)
         self.vision_model = self.vision_tower(vision)
-        self.visual_projection = projection(vision.hidden_size, config.projection_dim, factor)
-        self.text_projection = projection(text.hidden_size, config.projection_dim, factor)
+        self.visual_projection = projection(vision.hidden_size, config.projection_dim)
+        self.text_projection = projection(text.hidden_size, config.projection_dim)
+        draw(self, {self.text_projection.weight: text.hidden_size**-0.5 * factor,
+                    self.visual_projection.weight: vision.hidden_size**-0.5 * factor})
         # ln of 1/temperature
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         if getattr(config, "gradient_checkpointing", False):

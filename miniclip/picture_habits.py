@@ -32,6 +32,9 @@ class PictureHabits(LeftOut):
     """Mixin of CLIPImageProcessor."""
 
     model_input_names = ("pixel_values",)
+    arguments_left_out: ClassVar[dict[str, Table]] = {
+        "preprocess": {"image_like_kwargs": "give each option by its own name"},
+    }
     left_out: ClassVar[Table] = table({
         "resize rescale normalize center_crop convert_to_rgb":
             "ask for it in a call, with do_...=True, and False for the rest; or see miniclip.image",
@@ -85,8 +88,18 @@ class ProcessorHabits(LeftOut):
         "push_to_hub": "upload the folder with huggingface_hub",
         "register_for_auto_class": "code from a folder is never run",
         "post_process_image_text_to_text post_process_multimodal_output": "CLIP writes no text",
+        "audio_token_ids image_token_ids video_token_ids all_special_multimodal_tokens "
+        "replace_audio_token replace_image_token replace_video_token create_mm_token_type_ids "
+        "get_text_with_replacements return_mm_token_type_ids return_text_replacement_offsets":
+            "CLIP's texts hold no places for pictures or sound",
+        "check_argument_for_proper_class from_args_and_dict get_possibly_dynamic_module get_processor_dict "
+        "prepare_inputs_layout skip_tensor_conversion unused_input_names valid_processor_kwargs "
+        "validate_init_kwargs validate_inputs": "the constructor and the call check; from_pretrained reads",
     })
     chat_template = None
+    arguments_left_out: ClassVar[dict[str, Table]] = {"__call__": table({
+        "videos audio": "CLIP reads pictures and texts alone",
+    })}
 
     @staticmethod
     def get_attributes() -> list[str]:

@@ -111,20 +111,6 @@ class PretrainedModel(ModelFolder, nn.Module):
         """Draws all weights anew, as the constructor does."""
         self.load_state_dict(type(self)(self.config).state_dict())
 
-    # ------------------------------------------------------------------------------------------------- counts
-
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many numbers the parameters hold; exclude_embeddings leaves out nn.Embedding tables."""
-        tables = {id(module.weight) for module in self.modules()
-                  if exclude_embeddings and isinstance(module, nn.Embedding)}
-        return sum(p.numel() for p in self.parameters()
-                   if id(p) not in tables and (p.requires_grad or not only_trainable))
-
-    def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of the parameters, and of the buffers."""
-        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
-        return sum(tensor.nbytes for tensor in tensors)
-
     # -------------------------------------------------------------------------------------------------- parts
 
     @property

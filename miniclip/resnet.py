@@ -24,6 +24,7 @@ from miniclip.model import (
     Features,
     attention_fused,
     clip_loss,
+    draw,
     features_of,
     normalize,
     projection,
@@ -209,7 +210,8 @@ class CLIPResNetModel(CLIPPreTrainedModel):
         self.visual = ModifiedResNet(
             config.vision_layers, config.projection_dim, heads, config.image_size, config.vision_width
         )
-        self.text_projection = projection(config.text_config.hidden_size, config.projection_dim, 1.0)
+        self.text_projection = projection(config.text_config.hidden_size, config.projection_dim)
+        draw(self, {self.text_projection.weight: config.text_config.hidden_size**-0.5})
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
 
     def get_text_features(self, *args: Any, return_dict: bool | None = None,

@@ -105,6 +105,12 @@ class TextHabits(LeftOut, Tokenizer):
     name_or_path = ""
     init_inputs = ()
     SPECIAL_TOKENS_ATTRIBUTES: ClassVar[list[str]] = list(SPECIAL_NAMES)
+    arguments_left_out: ClassVar[dict[str, Table]] = {
+        "__call__": {"tokenizer_kwargs": "give each option by its own name"},
+        "save_vocabulary": {"filename_prefix": WRITING_REFUSED["filename_prefix"]},
+        "__init__": {"tokenize_chinese_chars": "Chinese characters are words of their own, as in every BERT "
+                                               "that reads Chinese"},
+    }
     left_out: ClassVar[Table] = table({
         "encode_plus batch_encode_plus prepare_for_model": "call it: tokenizer(text, padding=True)",
         "truncate_sequences set_truncation_and_padding": "call it with truncation=True and padding=True",
@@ -119,6 +125,9 @@ class TextHabits(LeftOut, Tokenizer):
         "sanitize_special_tokens": "add_special_tokens adds what is missing",
         "push_to_hub": "upload the folder with huggingface_hub",
         "register_for_auto_class": "code from a folder is never run",
+        "model": "vocab and merges are what it is made of",
+        "pretrained_vocab_files_map": "nothing is downloaded",
+        "vocab_files_names": "see save_pretrained",
     })
 
     # -- tokens that are added

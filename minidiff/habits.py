@@ -160,7 +160,12 @@ class SchedulerHabits(WithConfig):
 class ModelHabits(WithConfig):
     """Mixin of the UNet and the VAE; nothing here changes what they compute."""
 
+    config_name = "config.json"
     _supports_gradient_checkpointing = True     # upstream's trainers ask
+    arguments_left_out: ClassVar[dict[str, Table]] = {
+        "from_config": {"return_unused_kwargs": "no argument stays unused: an unknown one is an error"},
+        "enable_gradient_checkpointing": {"gradient_checkpointing_func": "it is torch.utils.checkpoint"},
+    }
 
     left_out: ClassVar[Table] = table({
         "attn_processors set_attn_processor set_attention_backend reset_attention_backend":
@@ -186,15 +191,21 @@ class ModelHabits(WithConfig):
             "model.config.to_dict()",
         "use_tiling_default use_slicing_default": "use_tiling, use_slicing",
         "hf_device_map": "one model, one device: model.device",
+        "enable_npu_flash_attention disable_npu_flash_attention set_use_npu_flash_attention "
+        "enable_xla_flash_attention disable_xla_flash_attention set_use_xla_flash_attention":
+            "torch's fused kernel chooses for the device",
+        "unet_name text_encoder_name": "the pipeline calls them unet and text_encoder",
     })
 
     @classmethod
-    def load_config(cls, folder: str | os.PathLike, subfolder: str = "", **habits: Any) -> dict[str, Any]:
+    def load_config(cls, folder: str | os.PathLike, subfolder: str = "", **options: Any) -> dict[str, Any]:
         """The dict of a folder's config.json, for `from_config`. Raises WeightsError."""
+        settle(f"{cls.__name__}.load_config", options, LOADING_IDLE, LOADING_REFUSED)
         return read_json(os.path.join(os.fspath(folder), subfolder, "config.json"))
 
-    def save_config(self, folder: str | os.PathLike, **habits: Any) -> None:
+    def save_config(self, folder: str | os.PathLike, push_to_hub: bool = False) -> None:
         """Writes config.json alone."""
+        settle(f"{type(self).__name__}.save_config", {"push_to_hub": push_to_hub}, {}, SAVING_REFUSED)
         os.makedirs(folder, exist_ok=True)
         write_json(os.path.join(os.fspath(folder), "config.json"), self.export_config())
 

@@ -26,6 +26,7 @@ from miniclip.weights import WeightsError, load_file, read_metadata
 FILE = "pytorch_lora_weights.safetensors"               # the name that load_lora_weights looks for
 LORA_METADATA = "lora_adapter_metadata"                 # where diffusers notes each part's rank and alpha
 PARTS = ("unet", "text_encoder", "text_encoder_2")      # the first word of a key
+LORA_REFUSED = {"hotswap": "unload_lora_weights, then load the other"}
 
 
 class LoRALinear(nn.Linear):
@@ -187,7 +188,7 @@ class PipelineLoRA:
 
         Raises WeightsError for what does not fit, and ValueError while another adapter is loaded.
         """
-        settle("load_lora_weights", habits, LOADING_IDLE, {**LOADING_REFUSED, "hotswap": "unload first"})
+        settle("load_lora_weights", habits, LOADING_IDLE, {**LOADING_REFUSED, **LORA_REFUSED})
         if self.adapter is not None and not self.adapter.fused:
             raise ValueError(f"the adapter {self.adapter.name!r} is loaded: fuse_lora() or "
                              "unload_lora_weights() first")

@@ -59,10 +59,14 @@ class PipelineHabits(LeftOut):
         "config config_name has_compatibles ignore_for_config": "the parts have configs; use from_pretrained",
         "check_inputs prepare_latents prepare_extra_step_kwargs get_guidance_scale_embedding upcast_vae":
             "the call does it; to change it, subclass StableDiffusionPipeline",
-        "clip_skip cross_attention_kwargs denoising_end guidance_rescale": "keep what you passed to the call",
+        "clip_skip cross_attention_kwargs denoising_start denoising_end guidance_rescale":
+            "keep what you passed to the call",
         "maybe_free_model_hooks remove_all_hooks reset_device_map hf_device_map model_cpu_offload_seq":
             "there are no hooks; pipe.to(device) ends offloading",
         "progress_bar": "use callback_on_step_end", "name_or_path": "keep the path yourself",
+        "parameters unet_name text_encoder_name": "each of pipe.models() has its own",
+        "get_timesteps run_safety_checker prepare_mask_latents":
+            "the call does it; to change it, subclass StableDiffusionPipeline",
         "set_use_memory_efficient_attention_xformers": "attention is torch's fused kernel already",
     })
 

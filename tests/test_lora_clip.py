@@ -26,7 +26,7 @@ from miniclip.config import CLIPResNetConfig
 from miniclip.image_text import ImageTextModel
 from miniclip.resnet import CLIPResNetModel
 from miniclip.weights import WeightsError, load_file, read_json, save_file
-from minidiff.lora import LoRALinear
+from minidiff.lora import FILE, LoRALinear
 from minidiff.pipeline import StableDiffusionPipeline
 from tests.test_lora import predict, teach, unet
 from tests.test_minidiff_pipeline import make
@@ -34,7 +34,6 @@ from train import train_clip
 from train.errors import UserError
 from train.lora import (
     CLIP_PROJECTIONS,
-    FILE,
     PEFT,
     PEFT_CONFIG,
     PEFT_FILE,

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+import miniclip
 from minidiff import AutoencoderKL, UNet2DConditionModel
 
 diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
 
 CROSS, DOWN, UP, CROSS_UP = "CrossAttnDownBlock2D", "DownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"
 UNET = {"sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 2, "cross_attention_dim": 24,
@@ -42,3 +44,29 @@ def test_first_weights(ours: type, config: dict) -> None:
     assert list(mine) == list(theirs)
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
     assert torch.equal(next_mine, next_theirs)              # and the generator stands where theirs stands
+
+
+TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "vocab_size": 100, "projection_dim": 16}
+VISION = {**{k: v for k, v in TEXT.items() if k != "vocab_size"}, "image_size": 16, "patch_size": 8}
+CLIPS = {"CLIPModel": ("CLIPConfig", {"text_config": TEXT, "vision_config": VISION, "projection_dim": 16}),
+         "CLIPTextModel": ("CLIPTextConfig", TEXT), "CLIPTextModelWithProjection": ("CLIPTextConfig", TEXT),
+         "CLIPVisionModel": ("CLIPVisionConfig", VISION),
+         "CLIPVisionModelWithProjection": ("CLIPVisionConfig", VISION)}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="transformers 4 drew otherwise")
+def test_first_weights_of_clip(name: str) -> None:
+    kind, fields = CLIPS[name]
+    made = []
+    for library in (miniclip, transformers):
+        torch.manual_seed(3)
+        model = getattr(library, name)(getattr(library, kind)(**fields))
+        made.append((model.state_dict(), torch.rand(1)))
+    (mine, next_mine), (theirs, next_theirs) = made
+    # since transformers 5.6 a lone tower has no prefix
+    mine = {key if key in theirs else key.split(".", 1)[1]: value for key, value in mine.items()}
+    assert set(mine) == set(theirs)
+    assert [key for key in mine if not torch.equal(mine[key], theirs[key])] == []
+    assert torch.equal(next_mine, next_theirs)
