@@ -431,7 +431,8 @@ def init_tower(tower: nn.Module, config: CLIPTextConfig | CLIPVisionConfig) -> N
         draw(e, {e.token_embedding.weight: 0.02 * factor, e.position_embedding.weight: 0.02 * factor})
     else:
         usual = config.initializer_range * factor
-        draw(e, {e.class_embedding: wide, e.patch_embedding.weight: usual, e.position_embedding.weight: usual})
+        draw(e, {e.class_embedding: wide, e.patch_embedding.weight: usual,
+                 e.position_embedding.weight: usual})
     for layer in tower.encoder.layers:
         attn, mlp = layer.self_attn, layer.mlp
         draw(attn, {attn.q_proj.weight: narrow, attn.k_proj.weight: narrow, attn.v_proj.weight: narrow,

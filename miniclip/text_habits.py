@@ -210,6 +210,7 @@ class TextHabits(LeftOut, Tokenizer):
 
     @extra_special_tokens_ids.setter
     def extra_special_tokens_ids(self, ids: Iterable[int]) -> None:
+        """Sets the tokens by their ids."""
         self.extra_special_tokens = self.convert_ids_to_tokens(ids)
 
     @property

@@ -70,7 +70,7 @@ class WeightsError(ValueError):
 
 
 class MissingWeights(WeightsError, FileNotFoundError):
-    """A model folder without weights: an OSError too, as upstream's."""
+    """No such folder, or no weights in it: an OSError too, as upstream's."""
 
 
 # ------------------------------------------------------------------------------------------------------- JSON
@@ -81,7 +81,7 @@ def need_folder(folder: str | os.PathLike) -> None:
     if not os.path.isdir(folder):
         problem = ("a file, not a folder" if os.path.exists(folder)
                    else f"no such folder or file; {LOCAL_ONLY}")
-        raise WeightsError(f"{_name(folder)}: {problem}")
+        raise MissingWeights(f"{_name(folder)}: {problem}")
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
@@ -172,7 +172,8 @@ def _open(path: str) -> BinaryIO:
             raise WeightsError(f"{path}: not a regular file")
         return open(path, "rb")
     except OSError as error:
-        raise WeightsError(f"{path}: cannot be read: {error.strerror or error}") from None
+        kind = MissingWeights if isinstance(error, FileNotFoundError) else WeightsError
+        raise kind(f"{path}: cannot be read: {error.strerror or error}") from None
     except ValueError as error:  # a NUL byte in the name; WeightsError passes through
         raise error if isinstance(error, WeightsError) else WeightsError(f"{path!r}: {error}") from None
 

@@ -196,7 +196,7 @@ HEAD = """# What works of diffusers' and transformers' interface
 Made by `python -m tests.parity.compatibility` from the signatures of diffusers {diffusers} and transformers
 {transformers}; `make parity` fails when a name has no row, or with these versions this page is old.
 {works} names and arguments work, {does_nothing} do nothing because there is nothing to do, {left_out} are
-left out: an argument then raises an error of one line, a name an AttributeError with the words in the last column.
+left out: an argument then raises an error of one line, a name an AttributeError with the words given here.
 """
 
 
