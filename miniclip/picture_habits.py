@@ -41,6 +41,7 @@ class PictureHabits(LeftOut):
         "rescale_and_normalize process_image": "call the processor: processor(image)",
         "pad": "pictures are cropped to one size, not padded",
         "fetch_images": "nothing is downloaded: open the file, or give its path",
+        "backend default_to_square": "there is one implementation; a size in one number is the shortest edge",
         "push_to_hub": "upload the folder with huggingface_hub",
         "register_for_auto_class": "code from a folder is never run",
         "get_image_processor_dict": "from_pretrained(folder).to_dict()",
@@ -78,6 +79,10 @@ class PictureHabits(LeftOut):
         write_json(json_file_path, self.to_dict())
 
 
+MULTIMODAL = "CLIP's text holds no placeholders of images"
+CHECKED = "a call checks what it is given"
+
+
 class ProcessorHabits(LeftOut):
     """Mixin of CLIPProcessor."""
 
@@ -87,6 +92,12 @@ class ProcessorHabits(LeftOut):
         "video_processor": "give the frames as images",
         "push_to_hub": "upload the folder with huggingface_hub",
         "register_for_auto_class": "code from a folder is never run",
+        "audio_token_ids image_token_ids video_token_ids all_special_multimodal_tokens": MULTIMODAL,
+        "replace_audio_token replace_image_token replace_video_token create_mm_token_type_ids": MULTIMODAL,
+        "get_text_with_replacements return_mm_token_type_ids return_text_replacement_offsets": MULTIMODAL,
+        "check_argument_for_proper_class validate_init_kwargs validate_inputs prepare_inputs_layout": CHECKED,
+        "from_args_and_dict get_processor_dict get_possibly_dynamic_module": "from_pretrained(folder)",
+        "skip_tensor_conversion unused_input_names valid_processor_kwargs": CHECKED,
         "post_process_image_text_to_text post_process_multimodal_output": "CLIP writes no text",
         "audio_token_ids image_token_ids video_token_ids all_special_multimodal_tokens "
         "replace_audio_token replace_image_token replace_video_token create_mm_token_type_ids "

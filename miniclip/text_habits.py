@@ -122,6 +122,7 @@ class TextHabits(LeftOut, Tokenizer):
         "add_bos_token add_eos_token update_post_processor": "call it with add_special_tokens=False",
         "backend_tokenizer decoder slow_tokenizer_class can_save_slow_tokenizer": "no Rust is underneath",
         "convert_to_native_format convert_added_tokens": "no Rust is underneath",
+        "model vocab_files_names pretrained_vocab_files_map": "see tokenizer.vocab and save_vocabulary",
         "sanitize_special_tokens": "add_special_tokens adds what is missing",
         "push_to_hub": "upload the folder with huggingface_hub",
         "register_for_auto_class": "code from a folder is never run",
@@ -203,15 +204,11 @@ class TextHabits(LeftOut, Tokenizer):
         named = {name: getattr(self, name) for name in self.special_names}
         return {name: token for name, token in named.items() if token is not None}
 
-    @property
-    def extra_special_tokens_ids(self) -> list[int]:
-        """Ids of extra_special_tokens; setting them sets the tokens."""
-        return self.convert_tokens_to_ids(self.extra_special_tokens)
-
-    @extra_special_tokens_ids.setter
-    def extra_special_tokens_ids(self, ids: Iterable[int]) -> None:
-        """Sets the tokens by their ids."""
+    def _set_extra_ids(self, ids: Iterable[int]) -> None:
         self.extra_special_tokens = self.convert_ids_to_tokens(ids)
+
+    extra_special_tokens_ids = property(lambda self: self.convert_tokens_to_ids(self.extra_special_tokens),
+                                        _set_extra_ids, doc="Setting them sets extra_special_tokens.")
 
     @property
     def additional_special_tokens(self) -> list[str]:
