@@ -179,6 +179,8 @@ class StableDiffusionPipeline(PipelineFolder, PipelineHabits, PipelineLoRA):
         prompts = [prompt] if isinstance(prompt, str) else prompt
         batch = len(prompts if prompt_embeds is None else prompt_embeds) * num_images_per_prompt
         self._check(image, mask_image, strength, output_type, batch, generator)
+        if denoising_start is not None and (image is None or mask_image is not None):
+            raise ValueError("denoising_start needs an image, the latents to go on from, and no mask")
         scale = (5.0 if self.is_xl else 7.5) if guidance_scale is None else float(guidance_scale)
         for name, value in (("guidance_scale", scale), ("guidance_rescale", guidance_rescale), ("eta", eta)):
             if not math.isfinite(value):
@@ -193,9 +195,9 @@ class StableDiffusionPipeline(PipelineFolder, PipelineHabits, PipelineLoRA):
 
         with self.lora_strength((cross_attention_kwargs or {}).get("scale", 1.0)):
             text = self.encode_prompt(
-                prompts, None, num_images_per_prompt, scale != 1, negative_prompt, prompt_embeds,
-                negative_prompt_embeds, None, clip_skip, prompt_2, negative_prompt_2, pooled_prompt_embeds,
-                negative_pooled_prompt_embeds)
+                prompts, None, num_images_per_prompt, self.do_classifier_free_guidance or scale == 0,
+                negative_prompt, prompt_embeds, negative_prompt_embeds, None, clip_skip, prompt_2,
+                negative_prompt_2, pooled_prompt_embeds, negative_pooled_prompt_embeds)
             own = (original_size or (height, width), crops_coords_top_left, target_size or (height, width))
             other = (negative_original_size, negative_crops_coords_top_left, negative_target_size)
             c = self._conditions(text, own, other if negative_original_size and negative_target_size else own)
@@ -399,7 +401,7 @@ class StableDiffusionPipeline(PipelineFolder, PipelineHabits, PipelineLoRA):
             last = int((timesteps >= self._cutoff("denoising_end", end)).sum())
         if first >= last:
             raise ValueError(f"denoising_start = {start} and denoising_end = {end} leave no step to take")
-        if first and hasattr(self.scheduler, "set_begin_index"):
+        if (first or image is not None) and hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(first)
         return timesteps[first:last]
 

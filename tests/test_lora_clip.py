@@ -329,7 +329,7 @@ def test_files_of_the_wrong_kind(written: dict, tmp_path: Path) -> None:
     check_refused(tmp_path, clip, tmp_path, "holds no tensors")
     make().save_pretrained(tmp_path / "sd")
     check_refused(tmp_path, tmp_path / "sd", lora, f"no {FILE} in this folder")
-    check_refused(tmp_path, tmp_path / "sd", lora / PEFT_FILE, PEFT, "is not LoRA's A and B")
+    check_refused(tmp_path, tmp_path / "sd", lora / PEFT_FILE, PEFT, "nothing that LoRA knows here")
 
 
 @pytest.mark.parametrize("changes, words", [

@@ -99,7 +99,7 @@ def test_duplicate_captions_and_given_ids():
     """Equal captions are found. Ids go before captions: equal ones of different captions are no wrong answers
     either."""
     model, batch = small()
-    model.eval()
+    model.eval().logit_scale.data.fill_(4.0)        # far from equal logits, whatever the first weights are
     twice = {k: torch.cat([v, v]) for k, v in batch.items()}
     twice["image"] = torch.rand(8, 3, 64, 64)
     found, given = model(twice), model({**twice, "id": torch.arange(4).repeat(2)})
@@ -109,8 +109,8 @@ def test_duplicate_captions_and_given_ids():
     wanted = contrastive_loss(logits * model.logit_scale.exp(), pairs)
     # (all ids different would give the same sum: equal logits)
     assert torch.equal(found, given)
-    assert model({**twice, "id": pairs}).item() == pytest.approx(wanted.item(), abs=1e-5)
-    assert (wanted - found).abs() > 0.01
+    assert model({**twice, "id": pairs}).item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert (wanted - found).abs() > 0.1
 
 
 def test_folder(tmp_path):

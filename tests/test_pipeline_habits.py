@@ -133,6 +133,7 @@ def test_interrupted(pipe) -> None:
     ({"prompt_embeds": torch.zeros(1, 5, 32)}, "either prompt or"),
     ({"negative_prompt": "a", "negative_prompt_embeds": torch.zeros(1, 5, 32)}, "negative_prompt_embeds"),
     ({"callback": print}, "use callback_on_step_end"),
+    ({"denoising_start": 0.5}, "needs an image"),
     ({"ip_adapter_image": 1}, "IP adapters"),
 ])
 def test_refused_in_a_call(pipe, kwargs, word) -> None:
