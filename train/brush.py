@@ -1,9 +1,10 @@
 """Strokes as a brush leaves them: outlines that are sharp at any size, and ink in pixels.
 
-Read after data/strokes.py. The brush's tuft is an ellipse that leans as a right hand holds it, so that strokes
-begin and end on a slant. It is pressed where a stroke begins and at corners, ink pools where it stops, and where
-it runs fast its hairs part and paper shows (飛白).
-Shapes: n places along a stroke, m corners of an outline; float32, in boxes, y down. Ink is 0..1, 1 is full ink.
+Read after data/strokes.py. The brush's tuft is an ellipse that leans as a right hand holds it, so that
+strokes begin and end on a slant. It is pressed where a stroke begins and at corners, ink pools where it
+stops, and where it runs fast its hairs part and paper shows (飛白).
+Shapes: n places along a stroke, m corners of an outline; float32, in boxes, y down. Ink is 0..1, 1 is full
+ink.
 """
 
 from __future__ import annotations
@@ -21,21 +22,23 @@ LEAN = math.radians(52)     # of the tuft's long axis, from upper left to lower 
 ASPECT = 0.62               # of the tuft: short axis by long axis
 TIP = 0.22                  # how far the tuft's tip reaches out where it touches down, in widths
 POOL = 0.07                 # how much wider a stroke is where the brush stops
-ROUGH = 0.035               # unevenness of the edges, in widths
+ROUGH = 0.028               # unevenness of the edges, in widths
+STEP = 0.004                # along an outline, in boxes
 CORNER = math.radians(55)   # a sharper turn within a brush's width is a corner
-FAST = 0.34                 # a stroke longer than this, in boxes, runs dry towards its end
+FAST = 0.38                 # a stroke longer than this, in boxes, runs dry towards its end
 OVERSAMPLE = 4              # pixels are means of so many by so many
 PALE = 0.9                  # ink where nothing pools
 
 
 class Marks(NamedTuple):
-    """What a stroke leaves: polygons of ink, all of one winding, and polygons of paper within, of the other."""
+    """What a stroke leaves: polygons of ink, all of one winding, and polygons of paper within, of the other.
+    """
 
     ink: list[np.ndarray]
     paper: list[np.ndarray]
 
 
-# --------------------------------------------------------------------------------------------------- the stroke
+# ------------------------------------------------------------------------------------------------ the stroke
 
 
 def fine(stroke: Stroke) -> tuple[np.ndarray, np.ndarray]:
@@ -85,7 +88,7 @@ def pooled(points: np.ndarray, widths: np.ndarray) -> np.ndarray:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------ outlines
+# -------------------------------------------------------------------------------------------------- outlines
 
 
 def marks(stroke: Stroke, seed: int = 0) -> Marks:
@@ -102,37 +105,70 @@ def envelope(points: np.ndarray, widths: np.ndarray, rng: np.random.Generator, b
     """The edge [m, 2] of what the tuft sweeps along a line without corners: one side, the end, the other side
     back, the beginning, where the tip shows if the stroke `begins` there."""
     across = normals(points)
-    left, right = across, -across
-    first, last = math.atan2(*across[0][::-1]), math.atan2(*across[-1][::-1])
+    first, last = (math.atan2(y, x) for x, y in (across[0], across[-1]))
     half_turn = np.linspace(0, math.pi, 24)[1:-1]
-    end, start = last + half_turn, first + math.pi + half_turn
-    directions = np.concatenate([left, unit(end), right[::-1], unit(start)])
-    size = np.concatenate([widths, np.full(22, widths[-1]), widths[::-1], np.full(22, widths[0])])
-    where = np.concatenate([points, np.repeat(points[-1:], 22, 0), points[::-1], np.repeat(points[:1], 22, 0)])
-    reach = tuft(directions)
+    ways = np.concatenate([across, unit(last + half_turn), -across[::-1], unit(first + math.pi + half_turn)])
+    place = np.concatenate([np.arange(len(points)), np.full(22, len(points) - 1),
+                            np.arange(len(points))[::-1], np.zeros(22, int)])
+    size = widths[place][:, None]
+    reach = tuft(ways, across[place])
     if begins:
-        at_tip = (directions @ unit(np.array([LEAN + math.pi]))[0]).clip(0) ** 6
-        at_tip[:-22] *= 0
-        reach = reach + TIP * at_tip[:, None] * directions
-    uneven = 1 + ROUGH * noise(where + directions * size[:, None] / 2, size, rng)
-    return (where + reach * (size * uneven)[:, None]).astype(np.float32)
+        reach[-22:] += TIP * (ways[-22:] @ -unit(LEAN)).clip(0)[:, None] ** 6 * ways[-22:]
+    edge = points[place] + reach * size
+    edge += ROUGH * noise(edge, size[:, 0], rng)[:, None] * ways * size
+    return smoothed(without_loops(edge[~swept_over(edge, points, widths)])).astype(np.float32)
 
 
-def unit(angles: np.ndarray) -> np.ndarray:
-    """[m, 2]: one long, in these directions."""
-    return np.stack([np.cos(angles), np.sin(angles)], 1)
+def swept_over(edge: np.ndarray, points: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """Which corners of an edge [m] the tuft has passed over from elsewhere: the inner side of a bend folds.
+    """
+    away = np.hypot(edge[:, None, 0] - points[:, 0], edge[:, None, 1] - points[:, 1])
+    return (away < 0.43 * widths).any(1)
 
 
-def tuft(directions: np.ndarray) -> np.ndarray:
-    """The point of the tuft that lies farthest in each direction [m, 2]; as wide as the stroke across it."""
-    long, short = unit(np.array([LEAN, LEAN + math.pi / 2]))
+def without_loops(edge: np.ndarray) -> np.ndarray:
+    """A closed edge [m, 2] without the small loops where it crosses itself."""
+    edge = np.roll(edge, -(len(edge) // 8), axis=0)             # begin amid a side: no loop lies across there
+    step = np.roll(edge, -1, axis=0) - edge
+    off = edge[None] - edge[:, None]                            # [from, to, 2]
+    side = np.sign(step[:, None, 0] * off[..., 1] - step[:, None, 1] * off[..., 0])
+    parted = side * np.roll(side, -1, axis=1) < 0      # the ends of line j lie on two sides of i
+    crosses = np.triu(parted & parted.T, 2) & ~np.triu(parted, len(edge) // 3)
+    kept, k = [], 0
+    while k < len(edge):
+        kept.append(k)
+        ahead = crosses[k].nonzero()[0]
+        k = ahead[-1] + 1 if len(ahead) else k + 1
+    return edge[kept]
+
+
+def smoothed(edge: np.ndarray) -> np.ndarray:
+    """A closed edge [m, 2] with equal steps and without spurs shorter than those."""
+    closed = np.concatenate([edge, edge[:1]])
+    length = np.linalg.norm(np.diff(closed, axis=0), axis=1).sum()
+    edge = resample(closed, max(16, round(length / STEP)) + 1)[:-1]
+    for _ in range(2):
+        edge = (np.roll(edge, 1, axis=0) + 2 * edge + np.roll(edge, -1, axis=0)) / 4
+    return edge
+
+
+def unit(angle: float | np.ndarray) -> np.ndarray:
+    """One long, in this direction: [2], or [m, 2] of many."""
+    return np.stack([np.cos(angle), np.sin(angle)], -1)
+
+
+def tuft(ways: np.ndarray, across: np.ndarray) -> np.ndarray:
+    """The point of the tuft that lies farthest in each of these ways [m, 2], where the stroke goes `across`
+    [m, 2]: the tuft is as wide there as the stroke, which is 1."""
+    long, short = unit(LEAN), unit(LEAN + math.pi / 2)
     shape = np.outer(long, long) + ASPECT ** 2 * np.outer(short, short)
-    farthest = directions @ shape
-    return 0.5 * farthest / np.maximum((directions * farthest).sum(1, keepdims=True), ASPECT ** 2 / 2)
+    farthest, half_width = ways @ shape, np.sqrt(((across @ shape) * across).sum(1))
+    return 0.5 * farthest / (np.sqrt((farthest * ways).sum(1)) * half_width)[:, None]
 
 
 def noise(places: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Smooth unevenness along an edge [m, 2], about -1 to 1: waves of a brush's width, and of a fifth of it."""
+    """Smooth unevenness along an edge [m, 2], about -1 to 1: waves of a brush's width, and of a fifth of it.
+    """
     steps = np.linalg.norm(np.diff(places, axis=0, prepend=places[:1]), axis=1)
     along = np.cumsum(steps / np.maximum(sizes, 0.01))
     total = np.zeros(len(places))
@@ -145,16 +181,18 @@ def noise(places: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> np
     return total.clip(-1.5, 1.5)
 
 
-def hairs(points: np.ndarray, widths: np.ndarray, cuts: list[int], rng: np.random.Generator) -> list[np.ndarray]:
+def hairs(points: np.ndarray, widths: np.ndarray, cuts: list[int], rng: np.random.Generator
+          ) -> list[np.ndarray]:
     """Slivers of paper where a fast brush's hairs part, along the line and clear of ends and corners."""
     step = float(np.linalg.norm(points[1] - points[0]))
     long = step * len(points)
     slivers, across = [], normals(points)
-    for _ in range(rng.poisson(max(0, 26 * (long - FAST)))):
+    for _ in range(rng.poisson(max(0, 18 * (long - FAST)))):
         middle = int(len(points) * (0.68 + 0.17 * rng.standard_normal()))
         half = max(3, int(rng.uniform(0.015, 0.06) / step))
         span = slice(middle - half, middle + half + 1)
-        if min(abs(middle - cut) * step for cut in cuts) < half * step + 0.7 * np.median(widths) or middle < half:
+        clear = min(abs(middle - cut) for cut in cuts) - half
+        if clear * step < 0.7 * np.median(widths) or not half <= middle < len(points) - half:
             continue
         side = rng.uniform(-0.42, 0.42) * widths[span, None]
         thick = rng.uniform(0.012, 0.045) * np.sin(np.linspace(0, math.pi, 2 * half + 1))[:, None] ** 0.7
@@ -164,7 +202,7 @@ def hairs(points: np.ndarray, widths: np.ndarray, cuts: list[int], rng: np.rando
     return slivers
 
 
-# -------------------------------------------------------------------------------------------------------- pixels
+# ---------------------------------------------------------------------------------------------------- pixels
 
 
 def layer(stroke: Stroke, size: int, seed: int = 0) -> np.ndarray:
@@ -205,24 +243,25 @@ def together(inks: np.ndarray) -> np.ndarray:
 
 
 def centres(height: int, width: int) -> np.ndarray:
-    """[height, width, 2]: the middle of each pixel, in boxes of the longer side, the picture in the box's middle."""
+    """[height, width, 2]: the middle of each pixel, in boxes of the longer side, the picture in the box's
+    middle."""
     side = max(height, width)
     x = (np.arange(width) + (side - width) / 2 + 0.5) / side
     y = (np.arange(height) + (side - height) / 2 + 0.5) / side
     return np.stack(np.broadcast_arrays(x[None, :], y[:, None]), -1).astype(np.float32)
 
 
-def arrival(stroke: Stroke, places: np.ndarray) -> np.ndarray:
-    """When the brush reaches each of the places [h, w, 2]: float32 [h, w], 0 at the stroke's beginning, 1 at its
-    end. The front is round, as the tuft is; what the tuft never touches goes with the nearest part of the line."""
+def arrival(stroke: Stroke, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """When the brush reaches each of the places [h, w, 2], 0 at the stroke's beginning to 1 at its end, and
+    how far they are from the stroke's edge, in boxes, below 0 within it: two float32 [h, w].
+
+    The front is round, as the tuft is; what the tuft never touches goes with the nearest part of the line.
+    """
     points, widths = fine(stroke)
     rows = resample(np.column_stack([points, widths]), min(len(points), 64))
-    found, nearest = np.ones(places.shape[:2], np.float32), np.full(places.shape[:2], np.inf, np.float32)
-    touched = np.zeros(places.shape[:2], bool)
+    when, edge = np.ones(places.shape[:2], np.float32), np.full(places.shape[:2], np.inf, np.float32)
     for t, (x, y, width) in zip(np.linspace(0, 1, len(rows)), rows, strict=True):
-        away = np.hypot(places[..., 0] - x, places[..., 1] - y) - 0.6 * width
-        first = ~touched & ((away <= 0) | (away < nearest))
-        found[first] = t
-        nearest = np.minimum(nearest, away)
-        touched |= away <= 0
-    return found
+        away = np.hypot(places[..., 0] - x, places[..., 1] - y) - width / 2
+        when[(edge > 0.1 * width) & (away < edge)] = t          # not touched yet, and nearer than ever
+        edge = np.minimum(edge, away)
+    return when, edge

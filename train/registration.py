@@ -1,9 +1,9 @@
 """Which stroke is which ink: the strokes of a printed character moved onto a picture of it written by brush.
 
-Read after data/strokes.py. The strokes are drawn by a renderer that gradients pass through, and Adam moves them:
-all together first, then as a sheet of rubber, then each by itself, then point by point.
-Shapes: S strokes, P points of each, h a picture's side in pixels; float32. Points and widths in boxes, so that
-the picture is 0..1 x 0..1, x right, y down. Ink is 0 on paper, 1 where it is black.
+Read after data/strokes.py. The strokes are drawn by a renderer that gradients pass through, and Adam moves
+them: all together first, then as a sheet of rubber, then each by itself, then point by point.
+Shapes: S strokes, P points of each, h a picture's side in pixels; float32. Points and widths in boxes, so
+that the picture is 0..1 x 0..1, x right, y down. Ink is 0 on paper, 1 where it is black.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from .data.strokes import Character, Stroke, resample
 
 POINTS = 20                 # of a stroke while it is fitted
-SIDES = (32, 32, 64, 64)    # of the picture at each stage, in pixels
+SIDES = (32, 32, 48, 64)    # of the picture at each stage, in pixels
 STEPS = (60, 120, 100, 160)
 RATES = (0.02, 0.02, 0.015, 0.008)
 SCALES = (1, 2, 4, 8)       # the pictures are compared at the size and halved, so that strokes feel far ink
@@ -28,7 +28,7 @@ LEAST_IOU = 0.8             # gates; see `problems`
 LEAST_ON_INK = 0.75
 LENGTHS = (0.4, 2.0)
 MOST_UNREACHED = 0.02
-LONGEST_GAP = 0.06
+LONGEST_GAP = 0.08         # a dry brush leaves gaps, too
 MOST_TURN = 45.0
 
 
@@ -54,7 +54,7 @@ class Fit(NamedTuple):
     unreached: float        # share of the ink that is more than 0.02 boxes from any stroke
 
 
-# ---------------------------------------------------------------------------------------------------- rendering
+# ------------------------------------------------------------------------------------------------- rendering
 
 
 def pixel_centres(side: int) -> Tensor:
@@ -93,11 +93,12 @@ def together(each: Tensor) -> Tensor:
     return 1 - (1 - each).prod(0)
 
 
-# ------------------------------------------------------------------------------------------------------ fitting
+# --------------------------------------------------------------------------------------------------- fitting
 
 
 def fit(ink: np.ndarray, printed: Character) -> Fit:
-    """Moves the strokes of a printed character onto the ink [h, h] of a picture of it. The picture must have ink.
+    """Moves the strokes of a printed character onto the ink [h, h] of a picture of it. The picture must have
+    ink.
 
     5 s for each of at most two attempts, on one thread. What comes out is always something: `problems` says
     whether to trust it.
@@ -173,7 +174,8 @@ def stroke_by_stroke(points: Tensor, widths: Tensor, plan: Plan) -> tuple[list[T
 
     def move(numbers: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         matrices, shifts, wider = numbers
-        moved = middle + torch.einsum("spd,sed->spe", points - middle, torch.eye(2) + matrices) + shifts[:, None]
+        turned = torch.einsum("spd,sed->spe", points - middle, torch.eye(2) + matrices)
+        moved = middle + turned + shifts[:, None]
         penalty = STIFF * matrices.square().sum((1, 2)).mean() + 1.0 * shifts.square().sum(1).mean()
         return moved, widths * wider[:, None].exp(), penalty + 0.02 * wider.square().mean()
     count = len(points)
@@ -200,7 +202,8 @@ STAGES = (affine, sheet, stroke_by_stroke, point_by_point)
 
 def descend(numbers: list[Tensor], move: Move, target: Tensor, steps: int, rate: float,
             plan: Plan) -> tuple[Tensor, Tensor]:
-    """Adam on the numbers of a stage, at a rate that falls to 0. Returns the points and widths it ends with."""
+    """Adam on the numbers of a stage, at a rate that falls to 0. Returns the points and widths it ends with.
+    """
     for number in numbers:
         number.requires_grad_()
     adam = torch.optim.Adam(numbers, rate, betas=(0.8, 0.95))
@@ -217,7 +220,8 @@ def descend(numbers: list[Tensor], move: Move, target: Tensor, steps: int, rate:
 
 
 def difference(points: Tensor, widths: Tensor, target: Tensor, weight: float) -> Tensor:
-    """How strokes and ink differ: squared at several scales; ink that no stroke is near; middles off the ink."""
+    """How strokes and ink differ: squared at several scales; ink that no stroke is near; middles off the ink.
+    """
     depth = depths(points, widths, pixel_centres(len(target)))
     off = (together(inked(depth, len(target))) - target)[None, None]
     apart = sum(F.avg_pool2d(off, scale).square().mean() for scale in SCALES)
@@ -226,7 +230,7 @@ def difference(points: Tensor, widths: Tensor, target: Tensor, weight: float) ->
     return (apart + weight * lonely) / target.mean() + 0.1 * (1 - under).square().mean()
 
 
-# ------------------------------------------------------------------------------------------------------- judging
+# --------------------------------------------------------------------------------------------------- judging
 
 
 def measured(points: Tensor, widths: Tensor, before: Tensor, picture: Tensor) -> Fit:
@@ -261,7 +265,8 @@ def gap(stroke: Stroke, ink: np.ndarray) -> float:
 def problems(fit: Fit) -> list[str]:
     """Why a fit is not to be trusted, in words; empty if it is fine.
 
-    Much overlap alone proves little: a stroke that shrank to nothing or turned round hides under its neighbours.
+    Much overlap alone proves little: a stroke that shrank to nothing or turned round hides under its
+    neighbours.
     """
     found = [] if fit.iou >= LEAST_IOU else [f"overlap {fit.iou:.2f}, less than {LEAST_IOU}"]
     if fit.unreached > MOST_UNREACHED:

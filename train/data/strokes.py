@@ -1,13 +1,14 @@
-"""Characters as strokes in writing order: hanzi-writer's files and our own, read strictly; files of ours written.
+"""Characters as strokes in writing order: files of hanzi-writer and our own, read strictly; ours written.
 
 Read after image.py. Every file is hostile until parsed, and fails with one clear line.
-hanzi-writer has 1024 units to the em, y up, and its baseline at 124: pixel = (x, 900 - y). Here x points right, y
-down, and the character's box is 0..1 x 0..1.
+hanzi-writer has 1024 units to the em, y up, and its baseline at 124: pixel = (x, 900 - y). Here x points
+right, y down, and the character's box is 0..1 x 0..1.
 Shapes: n points of a stroke; float32 throughout. The order of hanzi-writer is that of mainland China.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from miniclip.weights import WeightsError, read_json, write_json
+from miniclip.weights import WeightsError, atomic_write, read_json
 
 from ..errors import DataError
 
@@ -31,7 +32,8 @@ NUMBERS = {"M": 2, "L": 2, "Q": 4, "C": 6, "Z": 0}      # that follow each lette
 
 
 class Stroke(NamedTuple):
-    """One stroke from start to end: points [n, 2] and the full width of the brush at each, [n], both in boxes."""
+    """One stroke from start to end: points [n, 2] and the full width of the brush at each, [n], both in
+    boxes."""
 
     points: np.ndarray
     widths: np.ndarray
@@ -49,7 +51,7 @@ class Character(NamedTuple):
     strokes: list[Stroke]
 
 
-# ------------------------------------------------------------------------------------------------ files of ours
+# --------------------------------------------------------------------------------------------- files of ours
 
 
 def read_character(path: str | Path) -> Character:
@@ -65,7 +67,11 @@ def read_character(path: str | Path) -> Character:
 
 def write_character(character: Character, path: str | Path, notice: str = "") -> None:
     """Writes a file that `read_character` reads, atomically. notice: its source, terms and changes."""
-    write_json(path, {**({"notice": notice} if notice else {}), **as_json(character)})
+    values = {**({"notice": notice} if notice else {}), **as_json(character)}
+    strokes = ",\n ".join(json.dumps(stroke) for stroke in values.pop("strokes"))
+    head = json.dumps(values, ensure_ascii=False).removesuffix("}")
+    with atomic_write(path) as file:
+        file.write(f'{head}, "strokes": [\n {strokes}]}}\n'.encode())
 
 
 def as_json(character: Character) -> dict[str, Any]:
@@ -86,7 +92,7 @@ def _stroke_of(entry: Any, where: str) -> Stroke:
     return Stroke(points, np.array([_number(w, where, 0, 1) for w in widths], np.float32))
 
 
-# ------------------------------------------------------------------------------------------ hanzi-writer's files
+# -------------------------------------------------------------------------------------- hanzi-writer's files
 
 
 class Outlined(NamedTuple):
@@ -111,8 +117,8 @@ def read_outlined(path: str | Path) -> list[Outlined]:
 
 
 def read_kai(path: str | Path, hand: str = "印刷楷書") -> Character:
-    """A file of hanzi-writer-data as a character: each median resampled, moved to the middle of its stroke, and
-    the width of the brush along it. The file's name is the character. Raises DataError."""
+    """A file of hanzi-writer-data as a character: each median resampled, moved to the middle of its stroke,
+    and the width of the brush along it. The file's name is the character. Raises DataError."""
     char = Path(path).stem
     if len(char) != 1:
         raise DataError(f"{path}: its name must be the one character that it holds")
@@ -133,7 +139,7 @@ def polygon(path: Any, where: str) -> np.ndarray:
         raise DataError(f"{where}: an outline must be a text of at most {MAX_PATH} characters")
     tokens = TOKEN.findall(path)
     if TOKEN.sub("", path).strip(" ,\t\r\n") or tokens[:1] != ["M"] or tokens[-1] != "Z":
-        raise DataError(f"{where}: an outline must be M ... Z, of M, L, Q, C, Z and numbers, not {path[:60]!r}")
+        raise DataError(f"{where}: an outline must be M ... Z, of M L Q C Z and numbers: {path[:50]!r}")
     corners, place = [], 0
     while place < len(tokens):
         letter, count = tokens[place], NUMBERS.get(tokens[place])
@@ -161,7 +167,7 @@ def curve(controls: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return found
 
 
-# ----------------------------------------------------------------------------------------------------- geometry
+# -------------------------------------------------------------------------------------------------- geometry
 
 
 def resample(points: np.ndarray, count: int) -> np.ndarray:
@@ -191,7 +197,8 @@ def inside(polygon: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def normals(points: np.ndarray) -> np.ndarray:
-    """Unit normals [n, 2] of a line [n, 2]: its direction turned by a right angle, to the left as one sees it."""
+    """Unit normals [n, 2] of a line [n, 2]: its direction turned by a right angle, to the left as one sees
+    it."""
     along = np.gradient(points, axis=0)
     along /= np.maximum(np.linalg.norm(along, axis=1, keepdims=True), 1e-9)
     return np.stack([along[:, 1], -along[:, 0]], 1)
@@ -214,7 +221,7 @@ def centred(stroke: Outlined, count: int = POINTS, reach: float = 0.03) -> Strok
     return Stroke(points, np.clip(2 * radius, 0.004, 1).astype(np.float32))
 
 
-# ------------------------------------------------------------------------------------------------------ checks
+# ---------------------------------------------------------------------------------------------------- checks
 
 
 def _read(path: str | Path) -> dict[str, Any]:
