@@ -104,7 +104,8 @@ def write_strip(inks: np.ndarray, path: str | Path) -> None:
     rows = -(-len(inks) // PER_ROW)
     strip = Image.new("RGB", (min(len(inks), PER_ROW) * STAGE, rows * STAGE), "white")
     for k in range(len(inks)):
-        page = Image.merge("RGB", [grey(together(inks[:k + 1]))] * 3)
+        before = together(inks[:k]) if k else np.zeros_like(inks[0])
+        page = Image.merge("RGB", [grey(before)] * 3)
         page.paste(NEWEST, mask=grey(1 - inks[k]))
         spot = (k % PER_ROW * STAGE, k // PER_ROW * STAGE)
         strip.paste(page.resize((STAGE, STAGE), Image.Resampling.LANCZOS), spot)

@@ -19,9 +19,10 @@ from torch import Tensor
 from .data.strokes import Character, Stroke, resample
 
 POINTS = 20                 # of a stroke while it is fitted
-SIDES = (32, 32, 48, 64)    # of the picture at each stage, in pixels
+SIDES = (32, 32, 64, 64)    # of the picture at each stage, in pixels
 STEPS = (60, 120, 100, 160)
 RATES = (0.02, 0.02, 0.015, 0.008)
+FINE = 200                  # points of a stroke where it is held against the ink
 SCALES = (1, 2, 4, 8)       # the pictures are compared at the size and halved, so that strokes feel far ink
 STIFF = 0.1                 # what changing a stroke's shape costs, by strain squared
 LEAST_IOU = 0.8             # gates; see `problems`
@@ -47,7 +48,7 @@ class Fit(NamedTuple):
 
     strokes: list[Stroke]
     iou: float              # of strokes and ink, at 128 pixels
-    on_ink: list[float]     # share of each stroke that lies on ink
+    shares: list[float]     # share of each stroke that lies on ink
     lengths: list[float]    # of each stroke, as a multiple of what the printed one became with all others
     turns: list[float]      # degrees, each stroke's direction against the printed one's
     gaps: list[float]       # of each stroke, the longest piece of its middle that is off the ink, in boxes
@@ -124,7 +125,7 @@ def attempt(picture: Tensor, printed: Character, plan: Plan) -> Fit:
         points, widths = descend(numbers, move, resized(picture, side), steps, rate, plan)
         if stage is sheet:
             before = points
-    return measured(points, widths, before, picture)
+    return measured(*cut_back(points, widths, picture), before, picture)
 
 
 def resized(picture: Tensor, side: int) -> Tensor:
@@ -192,8 +193,8 @@ def point_by_point(points: Tensor, widths: Tensor, plan: Plan) -> tuple[list[Ten
         strain = (shifts.diff(dim=1) / pieces).square().sum(-1).mean()
         bend = (shifts.diff(dim=1).diff(dim=1) / pieces).square().sum(-1).mean()
         uneven = wider.diff(dim=1).square().mean()
-        return (points + shifts, widths * wider.exp(), STIFF * strain + 4 * STIFF * bend + 0.05 * uneven
-                + 0.5 * shifts.square().sum(-1).mean())
+        penalty = STIFF * strain + 4 * STIFF * bend + 0.5 * shifts.square().sum(-1).mean()
+        return points + shifts, widths * wider.exp(), penalty + 0.05 * uneven + 0.01 * wider.square().mean()
     return [torch.zeros_like(points), torch.zeros_like(widths)], move
 
 
@@ -227,10 +228,44 @@ def difference(points: Tensor, widths: Tensor, target: Tensor, weight: float) ->
     apart = sum(F.avg_pool2d(off, scale).square().mean() for scale in SCALES)
     lonely = (target.flatten() * (-depth.amax(0)).clamp_min(0)).mean()
     under = F.grid_sample(target[None, None], points[None] * 2 - 1, align_corners=False)
-    return (apart + weight * lonely) / target.mean() + 0.1 * (1 - under).square().mean()
+    return (apart + weight * lonely) / target.mean() + 0.2 * (1 - under).square().mean()
 
 
 # --------------------------------------------------------------------------------------------------- judging
+
+
+def cut_back(points: Tensor, widths: Tensor, picture: Tensor) -> tuple[Tensor, Tensor]:
+    """Strokes without an end that crosses bare paper to reach the ink of another stroke."""
+    ink = resized(picture, 128).numpy() > 0.5
+    for k in range(len(points)):
+        rows = resample(torch.cat([points[k], widths[k, :, None]], 1).numpy(), FINE)
+        others = [j for j in range(len(points)) if j != k]
+        if others:
+            places = torch.from_numpy(rows[:, :2])
+            taken = (depths(points[others], widths[others], places).amax(0) > 0).numpy()
+            part = own_part(on_ink(rows, ink), taken)
+            if part != slice(0, FINE):
+                row = torch.from_numpy(resample(rows[part], POINTS))
+                points[k], widths[k] = row[:, :2], row[:, 2]
+    return points, widths
+
+
+def own_part(on: np.ndarray, taken: np.ndarray) -> slice:
+    """Of a line's places, bool [n]: without a part at either end, at most two fifths, that is off the ink but
+    where other strokes lie, if it holds a gap of a thirtieth or more."""
+    n, first, last = len(on), 0, len(on)
+    for k in range(n // 30, 2 * n // 5):
+        if not on[k - n // 30:k].any() and (taken | ~on)[:k].all():
+            first = k
+        if not on[n - k:n - k + n // 30].any() and (taken | ~on)[n - k:].all():
+            last = n - k
+    return slice(first, last)
+
+
+def on_ink(rows: np.ndarray, ink: np.ndarray) -> np.ndarray:
+    """Whether each of the points [n, 2 or more] lies on ink, bool [h, h]."""
+    x, y = np.clip((rows[:, :2] * len(ink)).astype(int), 0, len(ink) - 1).T
+    return ink[y, x]
 
 
 def measured(points: Tensor, widths: Tensor, before: Tensor, picture: Tensor) -> Fit:
@@ -239,27 +274,25 @@ def measured(points: Tensor, widths: Tensor, before: Tensor, picture: Tensor) ->
     depth = depths(points, widths, pixel_centres(128)).unflatten(1, (128, 128))
     each, reached = depth > 0, depth.amax(0) > -0.02
     iou = (each.any(0) & ink).sum() / (each.any(0) | ink).sum()
-    on_ink = (each & ink).sum((1, 2)) / each.sum((1, 2)).clamp_min(1)
+    share = (each & ink).sum((1, 2)) / each.sum((1, 2)).clamp_min(1)
     steps, then = points.diff(dim=1), before.diff(dim=1)
     ends = widths[:, [0, -1]].sum(1) / 2            # a disc reaches beyond the stroke's end
     lengths = (steps.norm(dim=-1).sum(1) + ends) / (then.norm(dim=-1).sum(1) + ends)
     cosines = F.cosine_similarity(steps, then, dim=-1)
     turns = (cosines * then.norm(dim=-1)).sum(1) / then.norm(dim=-1).sum(1)
     strokes = [Stroke(p.numpy(), w.numpy()) for p, w in zip(points, widths, strict=True)]
-    return Fit(strokes, iou.item(), on_ink.tolist(), lengths.tolist(),
+    return Fit(strokes, iou.item(), share.tolist(), lengths.tolist(),
                turns.clamp(-1, 1).acos().rad2deg().tolist(), [gap(s, ink.numpy()) for s in strokes],
                ((ink & ~reached).sum() / ink.sum()).item())
 
 
 def gap(stroke: Stroke, ink: np.ndarray) -> float:
     """The longest piece of a stroke's middle that is off the ink, bool [h, h]; in boxes."""
-    fine = resample(stroke.points, 200)
-    x, y = np.clip((fine * len(ink)).astype(int), 0, len(ink) - 1).T
     longest = run = 0
-    for on in ink[y, x]:
+    for on in on_ink(resample(stroke.points, FINE), ink):
         run = 0 if on else run + 1
         longest = max(longest, run)
-    return longest / 200 * stroke.length()
+    return longest / FINE * stroke.length()
 
 
 def problems(fit: Fit) -> list[str]:
@@ -271,10 +304,10 @@ def problems(fit: Fit) -> list[str]:
     found = [] if fit.iou >= LEAST_IOU else [f"overlap {fit.iou:.2f}, less than {LEAST_IOU}"]
     if fit.unreached > MOST_UNREACHED:
         found.append(f"{fit.unreached:.0%} of the ink is far from any stroke")
-    each = zip(fit.on_ink, fit.lengths, fit.turns, fit.gaps, strict=True)
-    for k, (on_ink, length, turn, gap) in enumerate(each, 1):
-        if on_ink < LEAST_ON_INK:
-            found.append(f"stroke {k}: only {on_ink:.0%} of it on ink")
+    each = zip(fit.shares, fit.lengths, fit.turns, fit.gaps, strict=True)
+    for k, (share, length, turn, gap) in enumerate(each, 1):
+        if share < LEAST_ON_INK:
+            found.append(f"stroke {k}: only {share:.0%} of it on ink")
         if not LENGTHS[0] <= length <= LENGTHS[1]:
             found.append(f"stroke {k}: {length:.2f} times its length")
         if turn > MOST_TURN:

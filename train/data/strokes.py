@@ -148,7 +148,7 @@ def polygon(path: Any, where: str) -> np.ndarray:
                 letter in "MZ" and place not in (0, len(tokens) - 1)):
             raise DataError(f"{where}: the outline has {letter} out of place")
         values = [_number(float(n), where, -FAR * EM, (1 + FAR) * EM) for n in numbers]
-        corners += curve([*corners[-1:], *zip(values[::2], values[1::2], strict=True)])
+        corners += curve([*corners[-1:], *zip(values[::2], values[1::2], strict=True)]) if values else []
         place += 1 + count
     return np.array(corners)
 
