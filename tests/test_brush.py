@@ -56,7 +56,7 @@ def test_a_corner_is_found_and_a_curve_is_none() -> None:
 
 
 def test_long_strokes_run_dry_and_dots_do_not() -> None:
-    assert sum(len(brush.marks(bar(0.75), seed).paper) for seed in range(5)) > 5
+    assert sum(len(brush.marks(bar(0.75, 0.05), seed).paper) for seed in range(5)) > 5
     assert not brush.marks(bar(0.2)).paper
 
 

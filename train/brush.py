@@ -21,11 +21,12 @@ PLACES = 320                # along a box's length
 LEAN = math.radians(52)     # of the tuft's long axis, from upper left to lower right
 ASPECT = 0.62               # of the tuft: short axis by long axis
 TIP = 0.22                  # how far the tuft's tip reaches out where it touches down, in widths
-POOL = 0.07                 # how much wider a stroke is where the brush stops
+POOL = 0.04                 # how much wider a stroke is where the brush stops
 ROUGH = 0.028               # unevenness of the edges, in widths
 STEP = 0.004                # along an outline, in boxes
 CORNER = math.radians(55)   # a sharper turn within a brush's width is a corner
 FAST = 0.38                 # a stroke longer than this, in boxes, runs dry towards its end
+WET = 0.05                  # boxes: a brush this wide begins to hold more ink than it can spend
 OVERSAMPLE = 4              # pixels are means of so many by so many
 PALE = 0.9                  # ink where nothing pools
 
@@ -97,13 +98,16 @@ def marks(stroke: Stroke, seed: int = 0) -> Marks:
     points, widths = fine(stroke)
     widths = widths * (1 + POOL * pooled(points, widths))
     cuts = [0, *corners(points, widths), len(points) - 1]
-    ink = [envelope(points[a:b + 1], widths[a:b + 1], rng, a == 0) for a, b in zip(cuts, cuts[1:])]
+    ink = [envelope(points[a:b + 1], widths[a:b + 1], rng, a == 0, b == cuts[-1])
+           for a, b in zip(cuts, cuts[1:])]
     return Marks(ink, hairs(points, widths, cuts, rng))
 
 
-def envelope(points: np.ndarray, widths: np.ndarray, rng: np.random.Generator, begins: bool) -> np.ndarray:
+def envelope(points: np.ndarray, widths: np.ndarray, rng: np.random.Generator, begins: bool,
+             ends: bool) -> np.ndarray:
     """The edge [m, 2] of what the tuft sweeps along a line without corners: one side, the end, the other side
-    back, the beginning, where the tip shows if the stroke `begins` there."""
+    back, the beginning, where the tip shows if the stroke `begins` there. At a corner
+    both are round."""
     across = normals(points)
     first, last = (math.atan2(y, x) for x, y in (across[0], across[-1]))
     half_turn = np.linspace(0, math.pi, 24)[1:-1]
@@ -112,16 +116,20 @@ def envelope(points: np.ndarray, widths: np.ndarray, rng: np.random.Generator, b
                             np.arange(len(points))[::-1], np.zeros(22, int)])
     size = widths[place][:, None]
     reach = tuft(ways, across[place])
+    if not ends:
+        reach[len(points):len(points) + 22] = ways[len(points):len(points) + 22] / 2
     if begins:
         reach[-22:] += TIP * (ways[-22:] @ -unit(LEAN)).clip(0)[:, None] ** 6 * ways[-22:]
+    else:
+        reach[-22:] = ways[-22:] / 2
     edge = points[place] + reach * size
     edge += ROUGH * noise(edge, size[:, 0], rng)[:, None] * ways * size
     return smoothed(without_loops(edge[~swept_over(edge, points, widths)])).astype(np.float32)
 
 
 def swept_over(edge: np.ndarray, points: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """Which corners of an edge [m] the tuft has passed over from elsewhere: the inner side of a bend folds.
-    """
+    """Which corners of an edge [m] the tuft has passed over from elsewhere: the inner side of a bend
+    folds."""
     away = np.hypot(edge[:, None, 0] - points[:, 0], edge[:, None, 1] - points[:, 1])
     return (away < 0.43 * widths).any(1)
 
@@ -187,7 +195,8 @@ def hairs(points: np.ndarray, widths: np.ndarray, cuts: list[int], rng: np.rando
     step = float(np.linalg.norm(points[1] - points[0]))
     long = step * len(points)
     slivers, across = [], normals(points)
-    for _ in range(rng.poisson(max(0, 18 * (long - FAST)))):
+    wet = np.clip(np.median(widths) / WET - 1, 0, 1)            # a full brush does not run dry
+    for _ in range(rng.poisson(max(0, 18 * (long - FAST)) * (1 - wet))):
         middle = int(len(points) * (0.68 + 0.17 * rng.standard_normal()))
         half = max(3, int(rng.uniform(0.015, 0.06) / step))
         span = slice(middle - half, middle + half + 1)

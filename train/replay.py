@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from .animate import frame_counts, reveal, write_gif, write_png, write_strip
 from .data.strokes import Character, write_character
+from .errors import UserError
 from .registration import problems
 from .run.cli import check_flags, flag, parse_flags, start
 from .run.folder import make_folder
@@ -33,6 +34,8 @@ def main(cfg: ReplayConfig) -> None:
     Raises UserError or DataError for a picture or a character that cannot be replayed.
     """
     check_flags(cfg)
+    if not cfg.of:
+        raise UserError("--of: which picture? A file of one character, dark ink on light paper")
     printed = printed_strokes(cfg.char, cfg.strokes)
     ink = ink_of(cfg.of)
     out = make_folder(cfg.out)

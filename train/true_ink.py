@@ -74,12 +74,12 @@ def assigned(ink: np.ndarray, strokes: list[Stroke]) -> tuple[np.ndarray, np.nda
     """Whose ink is whose [S, h, w], and when the brush reaches each pixel in the course of each stroke [S, h,
     w].
 
-    A pixel goes to the first stroke that covers it, else to the one whose edge is nearest. The owners' inks
-    add up to the picture, exactly.
+    A pixel goes to the first stroke in which it lies at least half as deep as in any other, else to the one
+    whose edge is nearest. The owners' inks add up to the picture, exactly.
     """
     places = centres(*ink.shape)
     when, edge = map(np.stack, zip(*(arrival(stroke, places) for stroke in strokes), strict=True))
-    covered = edge <= 0
-    owner = np.where(covered.any(0), covered.argmax(0), edge.argmin(0))
+    deep = (edge <= edge.min(0) / 2) & (edge < 0)
+    owner = np.where(deep.any(0), deep.argmax(0), edge.argmin(0))
     owners = np.where(np.arange(len(strokes))[:, None, None] == owner, ink, 0)
     return owners.astype(np.float32), when
