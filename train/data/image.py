@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import stat
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,26 @@ def read_image(path, size, channels: int, fit: str = "pad") -> torch.Tensor:
     sides; fit="crop" fills the frame and cuts what is left over. Raises DataError that names the file.
     """
     height, width = check_format(size, channels, fit)
+    return guarded(path, lambda image: fitted(image, (height, width), channels, fit))
+
+
+def read_whole(path, channels: int, most: int = MAX_SIDE) -> torch.Tensor:
+    """Reads one picture as uint8 [channels, H, W] of its own size, smaller if its longer side is above
+    `most`.
+
+    Turned as its EXIF says, transparency on white. Raises DataError that names the file.
+    """
+    def shrunk(image: Image.Image) -> torch.Tensor:
+        scale = min(1.0, most / max(image.size))
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        return fitted(image, check_format((height, width), channels, "pad"), channels)
+
+    return guarded(path, shrunk)
+
+
+def guarded(path, use: Callable[[Image.Image], torch.Tensor]) -> torch.Tensor:
+    """What `use` makes of the picture in a file; whatever is wrong with the file is a DataError that names
+    it."""
     path = Path(path)
     data = read_bytes(path, MAX_FILE_BYTES)
     if not data:
@@ -39,8 +60,7 @@ def read_image(path, size, channels: int, fit: str = "pad") -> torch.Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = _decode(path, data)
-        return fitted(image, (height, width), channels, fit)
+            return use(_decode(path, data))
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
