@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .brushwork import cloud
+from .brushwork import Strokes, cloud, lay_down, smoothstep
 from .mountains import Fold, massif, paint_fold
 from .scenery import (
-    bare_tree, boat, geese, grove, leafy_tree, paint_parts, pavilion, pine, ripples, willow)
+    bare_tree, boat, geese, grove, hut, leafy_tree, paint_parts, pavilion, pine, ripples, willow)
 
-ABSORBS = np.array([[1.02, 1.06, 1.10],         # of red, green and blue, by the ink,
+ABSORBS = np.array([[1.20, 1.25, 1.30],         # of red, green and blue, by the ink,
                     [0.20, 0.52, 0.92],         # the ochre
                     [0.85, 0.52, 0.30]])        # and the indigo
 SILK = np.array([0.80, 0.715, 0.565])           # its colour, aged
@@ -66,7 +66,7 @@ def hanging_scroll(scene: Scene) -> None:
     water(scene, 0.66, 0.93)
     boat_at(scene, rng.uniform(0.70, 0.84), rng.uniform(0.79, 0.84), 95 * unit)
     foreground(scene, rng.uniform(0.16, 0.26), 0.93, 0.42 * w)
-    paint_parts(scene.layers, geese(rng, *scene.place(0.62, rng.uniform(0.36, 0.42)), 120 * unit), rng)
+    paint_parts(scene.layers, geese(rng, *scene.place(0.74, rng.uniform(0.30, 0.36)), 120 * unit), rng)
 
 
 def hand_scroll(scene: Scene) -> None:
@@ -115,7 +115,7 @@ def trees_on(scene: Scene, x: np.ndarray, y: np.ndarray, fold: Fold) -> None:
     at = at[steep < 1.6].astype(int)
     if len(at):
         size = scene.unit * (10 + 24 * fold.near**1.5)
-        parts = grove(rng, x[at], y[at] + 2 * scene.unit, size, 0.25 + 0.4 * fold.near)
+        parts = grove(rng, x[at], y[at] + 2 * scene.unit, size, 0.2 + 0.3 * fold.near)
         paint_parts(scene.layers, parts, rng)
 
 
@@ -135,6 +135,10 @@ def shore(scene: Scene, x: float, y: float, half: float) -> None:
         px, py = scene.place(x + rng.uniform(-0.5, 0.5) * half, y + 0.008 * i)
         fold = Fold(px, half * w * rng.uniform(0.3, 0.6), py - rng.uniform(8, 22) * unit, py + 6 * unit, 0.5, 2.5)
         mountain(scene, [fold])
+        if i < 2:
+            for _ in range(2):
+                size = rng.uniform(30, 44) * unit
+                paint_parts(scene.layers, hut(rng, px + rng.uniform(-60, 60) * unit, py - 4 * unit, size), rng)
 
 
 def water(scene: Scene, top: float, bottom: float) -> None:
@@ -154,16 +158,17 @@ def foreground(scene: Scene, x: float, y: float, half: float) -> None:
     """A bank at the lower edge with tall trees, a pavilion and rocks."""
     rng, (w, h), unit = scene.rng, scene.size, scene.unit
     cx, cy = scene.place(x, y)
-    bank = Fold(cx, half * 1.3, cy - 30 * unit, h + 60 * unit, 0.7, 3.5, 0.22)
+    bank = Fold(cx, half * 1.35, cy - 30 * unit, h + 60 * unit, 0.7, 3.5, 0.22)
     columns, crest = paint_fold(scene.layers, bank, rng, unit, scene.side)
 
     def ground(at: float) -> float:
         return float(np.interp(at, columns, crest))
 
-    at = cx + (1 if cx < w / 2 else -1) * half * rng.uniform(0.62, 0.78)
+    half = half if cx < w / 2 else -half                    # along it towards the middle of the picture
+    at = cx + half * rng.uniform(0.68, 0.82)
     paint_parts(scene.layers, pavilion(rng, at, ground(at) + 12 * unit, 84 * unit), rng)
     kinds = [pine, rng.choice([willow, bare_tree]), pine, leafy_tree, rng.choice([leafy_tree, bare_tree])]
-    places = rng.permutation(np.linspace(-0.75, 0.42, len(kinds))) + rng.uniform(-0.06, 0.06, len(kinds))
+    places = rng.permutation(np.linspace(-0.75, 0.40, len(kinds))) + rng.uniform(-0.06, 0.06, len(kinds))
     for kind, place in zip(kinds, places, strict=True):
         tall = unit * rng.uniform(240, 330) * (1.25 if kind is pine else 0.9)
         at = cx + half * place
@@ -182,14 +187,29 @@ def rocks(scene: Scene, places: list[tuple[float, float]]) -> None:
                               rng.uniform(2, 3.2), 0.8)])
 
 
-def silk(shape, rng, unit):
-    """rgb [3,h,w] 0..1"""
+def silk(shape: tuple[int, int], rng: np.random.Generator, unit: float) -> np.ndarray:
+    """Old silk, rgb [3, h, w] in 0..1: threads, wear, stains and darker borders."""
     h, w = shape
-    tone = 0.030 * cloud(rng, shape, (h / 2.5, w / 2.5), 0.6, 4)
     y, x = np.linspace(-1, 1, h)[:, None], np.linspace(-1, 1, w)[None]
-    tone -= 0.10 * np.maximum(np.abs(y), np.abs(x))**6
-    warp = cloud(rng, shape, (1.0, 40 * unit + 2), 0, 1)
-    weft = cloud(rng, shape, (40 * unit + 2, 1.0), 0, 1)
-    tone += 0.008 * (warp + weft)
-    out = SILK[:, None, None] * np.exp(tone[None] * np.array([0.8, 1, 1.3])[:, None, None])
-    return out.astype(np.float32)
+    tone = 0.035 * cloud(rng, shape, (h / 2.5, w / 2.5), 0.65, 3) - 0.12 * (np.abs(y)**7 + np.abs(x)**7)
+    tone += 0.012 * cloud(rng, shape, (3 * unit + 1, 3 * unit + 1), 0.8, 1)
+    for along, across in (((14 * unit + 2), 1.0), (1.0, (14 * unit + 2))):          # weft and warp
+        tone += 0.011 * cloud(rng, shape, (across, along), 0, 1)
+    tone -= stains(shape, rng, unit)
+    return (SILK[:, None, None] * np.exp(tone[None] * np.array([0.8, 1, 1.35])[:, None, None])).astype(np.float32)
+
+
+def stains(shape: tuple[int, int], rng: np.random.Generator, unit: float) -> np.ndarray:
+    """Where water has dried, with darker rims, and small brown spots: density [h, w]."""
+    h, w = shape
+    field = cloud(rng, shape, (0.45 * h, 0.45 * w), 0.55, 3)
+    rim = np.exp(-((field - 1.15) / 0.035)**2) * 0.035 + 0.035 * smoothstep(1.15, 1.9, field)
+    count = int(rng.integers(25, 60))
+    at = rng.uniform(0, 1, (count, 2)) * np.array([w, h])
+    size = np.minimum(rng.exponential(2, (count, 1)), 7) * unit + 0.8
+    along = np.linspace(-0.5, 0.5, 8)
+    points = at[:, None] + along[None, :, None] * size[..., None] * np.array([1, 0])
+    spots = Strokes(points, size * np.sqrt(1.02 - 4 * along**2), np.full((count, 8), 0.2))
+    return rim + np.minimum(0.2, lay_down(shape, spots, rng))
+
+

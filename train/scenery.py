@@ -218,7 +218,7 @@ def grove(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, size: float, t
     wide = np.full((n, 6), max(0.7, 0.06 * size))
     return [Part(Strokes(stems, wide, np.full((n, 6), tone)), INK, False, 0.2),
             Part(dots(rng, spot[::3], 0.34 * size, 0.3 * tone), INDIGO, False, 0.1),
-            Part(dots(rng, spot, 0.13 * size, tone), INK, False, 0.1)]
+            Part(dots(rng, spot, 0.15 * size, tone), INK, False, 0.1)]
 
 
 # ---------------------------------------------------------------------------------------- what people have made

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import stat
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", "
 MAX_PIXELS = 64 * 2**20         # of one image, from its header
 MAX_FILE_BYTES = 512 * 2**20
 MAX_SIDE = 8192                 # of the tensors made here
+MIN_SIDE = 64                   # of what is read at its own size
 
 
 def read_image(path, size, channels: int, fit: str = "pad") -> torch.Tensor:
@@ -30,8 +32,23 @@ def read_image(path, size, channels: int, fit: str = "pad") -> torch.Tensor:
     Turned as its EXIF says, transparency on white, aspect kept: fit="pad" shows all of it, with white at the
     sides; fit="crop" fills the frame and cuts what is left over. Raises DataError that names the file.
     """
-    height, width = check_format(size, channels, fit)
-    path = Path(path)
+    size = check_format(size, channels, fit)
+    return _read(Path(path), lambda image: fitted(image, size, channels, fit))
+
+
+def read_whole(path, channels: int) -> torch.Tensor:
+    """Reads one picture at its own size, otherwise as `read_image`. Raises DataError that names the file."""
+    def whole(image: Image.Image) -> torch.Tensor:
+        if not (MIN_SIDE <= min(image.size) and max(image.size) <= MAX_SIDE):
+            raise DataError(f"{path}: {image.width}x{image.height} pixels: each side must be {MIN_SIDE} to "
+                            f"{MAX_SIDE}")
+        return fitted(image, (image.height, image.width), channels)
+
+    return _read(Path(path), whole)
+
+
+def _read(path: Path, finish: Callable[[Image.Image], torch.Tensor]) -> torch.Tensor:
+    """What `finish` makes of the picture; whatever goes wrong is a DataError."""
     data = read_bytes(path, MAX_FILE_BYTES)
     if not data:
         raise DataError(f"{path}: the file is empty")
@@ -39,8 +56,7 @@ def read_image(path, size, channels: int, fit: str = "pad") -> torch.Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = _decode(path, data)
-        return fitted(image, (height, width), channels, fit)
+            return finish(_decode(path, data))
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
