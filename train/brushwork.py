@@ -104,7 +104,7 @@ def splat(shape: tuple[int, int], points: np.ndarray, amounts: np.ndarray) -> np
 
 def wave(rng: np.random.Generator, count: int, cells: float, octaves: int = 6, fall: float = 0.5,
          sharp: float = 0.0) -> np.ndarray:
-    """A fractal curve [count] around 0, about -1..1, with `cells` swings; sharp 0..1: rounded or with ridges."""
+    """A fractal curve [count] in about -1..1 with `cells` swings; sharp: from 0, round, to 1, with ridges."""
     total, amplitude = np.zeros(count), 1.0
     for octave in range(octaves):
         knots = rng.uniform(-1, 1, int(np.ceil(cells * 2**octave)) + 4)

@@ -24,9 +24,9 @@ LAYOUTS = ("column", "row")
 CHARACTER = 0.095           # its side, as a share of the square root of the painting's area
 SMALLEST = 24               # pixels of its side, where there is room
 ROOM = 0.8                  # the most of a side of the painting that the text takes
-PITCH = 1.0                 # from one character to the next and from column to column, in sides
-SEAL, GAP = 0.62, 0.22      # the seal's side and the space above it, in sides
-BLANK = 0.4                 # around the text: the halo stays within it, in sides
+PITCH, COLUMN = 1.0, 1.18   # from one character to the next, and from column to column, in sides
+SEAL, GAP = 0.66, 0.20      # the seal's side and the space above it, in sides
+BLANK = 0.66                # around the text: the halo stays within it, in sides
 MARGIN = 0.045              # from the painting's edges, as a share of its shorter side
 
 
@@ -48,9 +48,9 @@ class Box(NamedTuple):
 class Sheet(NamedTuple):
     """What compose changes: the part of the painting from (x, y) on, float32 [3, h, w], in layers.
 
-    paper: with halo, without ink; density: of the ink [h, w]; paste: of the seal [h, w]; halo: its weight [h, w];
-    cells: of the characters in order, and stamp: of the seal, on the painting; emptier: the share of windows
-    that are emptier than the chosen one (None: the place was given).
+    paper: with halo, without ink; density: of the ink [h, w]; paste: of the seal [h, w]; halo: its weight
+    [h, w]; cells: of the characters in order, and stamp: of the seal, on the painting; emptier: the share of
+    windows that are emptier than the chosen one (None: the place was given).
     """
 
     x: int
@@ -79,8 +79,8 @@ def compose(painting: np.ndarray, inks: list[np.ndarray], layout: str = "column"
     return finished(painting, write_on(painting, inks, layout, place, seal, seed, scale))
 
 
-def write_on(painting: np.ndarray, inks: list[np.ndarray], layout: str, place: str, seal: Seal | None, seed: int,
-             scale: float = 1.0) -> Sheet:
+def write_on(painting: np.ndarray, inks: list[np.ndarray], layout: str, place: str, seal: Seal | None,
+             seed: int, scale: float = 1.0) -> Sheet:
     """The sheet with the text, as `compose` has it."""
     rng = np.random.default_rng(seed)
     cells, stamp_box, emptier = places(painting, len(inks), layout, place, seal is not None, scale)
@@ -94,7 +94,7 @@ def write_on(painting: np.ndarray, inks: list[np.ndarray], layout: str, place: s
     paste = np.zeros_like(ink)
     if stamp_box:
         put(paste, stamp(seal.inks, stamp_box.side, seal.cut, rng), stamp_box.x - x0, stamp_box.y - y0)
-    halo, paper = halo_of(ink, rgb, side)
+    halo, paper = halo_of(np.maximum(ink, paste), rgb, side)
     density = soaked(ink, paper, rng, max(0.5, side / 160))
     return Sheet(x0, y0, paper, density, paste, halo, cells, stamp_box, emptier)
 
@@ -117,7 +117,9 @@ def grid_of(count: int, layout: str) -> tuple[int, int]:
     if layout == "row":
         rows = math.ceil(count / 8)
         return rows, math.ceil(count / rows)
-    rows = count if count <= 8 else next((k for k in (7, 5) if count % k == 0), math.ceil(math.sqrt(2 * count)))
+    rows = count
+    if count > 8:
+        rows = next((k for k in (7, 5) if count % k == 0), math.ceil(math.sqrt(2 * count)))
     return rows, math.ceil(count / rows)
 
 
@@ -127,16 +129,18 @@ def places(painting: np.ndarray, count: int, layout: str, place: str, sealed: bo
     _, height, width = painting.shape
     rows, columns = grid_of(count, layout)
     tall = PITCH * rows + (SEAL + GAP if sealed else 0)
-    side = max(CHARACTER * math.sqrt(height * width), SMALLEST) * scale
-    side = max(1, int(min(side, ROOM * height / tall, ROOM * width / (PITCH * columns))))
-    h, w = math.ceil(tall * side), math.ceil(PITCH * columns * side)
+    wide = 1 + COLUMN * (columns - 1)
+    side = max(CHARACTER * math.sqrt(height * width) * min(1, 8 / count)**0.35, SMALLEST) * scale
+    side = max(1, int(min(side, ROOM * height / tall, ROOM * width / wide)))
+    h, w = math.ceil(tall * side), math.ceil(wide * side)
     if place == "auto":
         x, y, emptier = emptiest(painting, h, w, int(MARGIN * min(height, width)))
     else:
         (x, y), emptier = given(place, h, w, painting.shape), None
-    cells = [Box(int(x + w - (column + 1) * PITCH * side), int(y + row * PITCH * side), side)
+    cells = [Box(int(x + w - (column * COLUMN + 1) * side), int(y + row * PITCH * side), side)
              for row, column in order(count, rows, columns, layout)]
-    below = Box(int(cells[-1].x + (1 - SEAL) / 2 * side), int(cells[-1].y + (PITCH + GAP) * side), int(SEAL * side))
+    below = Box(int(cells[-1].x + (1 - SEAL) / 2 * side), int(cells[-1].y + (PITCH + GAP) * side),
+                max(1, int(SEAL * side)))
     return cells, below if sealed else None, emptier
 
 
@@ -152,8 +156,9 @@ def given(place: str, h: int, w: int, shape: tuple[int, ...]) -> tuple[int, int]
     except ValueError:
         raise UserError(f"--place {place[:40]}: auto, or x,y in pixels such as 120,80") from None
     if not (0 <= x <= shape[2] - w and 0 <= y <= shape[1] - h):
-        raise UserError(f"--place {place[:40]}: the text takes {w}x{h} pixels of the painting's {shape[2]}x{shape[1]}: "
-                        f"x is at most {shape[2] - w}, y at most {shape[1] - h}; --scale makes it smaller")
+        raise UserError(f"--place {place[:40]}: the text takes {w}x{h} pixels of the painting's "
+                        f"{shape[2]}x{shape[1]}: x is at most {shape[2] - w}, y at most {shape[1] - h}; "
+                        "--scale makes it smaller")
     return x, y
 
 

@@ -1,7 +1,7 @@
 """How ink sits on paper: it sinks in, bleeds along the fibres, gathers at the edge; and the halo under it.
 
 Read after brushwork.py, before paint.py.
-Shapes: h height, w width of a part of the painting; rgb float32 [3, h, w] in 0..1; ink float32 [h, w] in 0..1.
+Shapes: h height, w width of a part of the painting; rgb float32 [3, h, w] and ink float32 [h, w] in 0..1.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import torch.nn.functional as F
 
 from .brushwork import cloud, smoothstep
 
-DENSITY = np.array([1.85, 1.95, 2.08], np.float32)      # of full ink, for red, green and blue: a warm black
+DENSITY = np.array([1.75, 1.85, 1.98], np.float32)      # of full ink, for red, green and blue: a warm black
 FAINT = 1 / 128             # less ink than this is none
-CONTRAST = 45.0             # how much darker than the paper around it ink has to be, in L*
-RESERVE = 6.0               # more than that, since ink is not even
+DARKEST = 62.0              # L* of paper on which ink stands out by 45 L* and a little more without a halo
 PAPER = 74.0                # L* of paper that a halo may at most turn dark places into
 CALM = 9.0                  # the spread of L* from which on paper is called busy
 BROAD = 6.0                 # pixels; wider blurs are made on a smaller picture
@@ -23,7 +22,7 @@ BROAD = 6.0                 # pixels; wider blurs are made on a smaller picture
 
 def blur(values: np.ndarray, sigma: float) -> np.ndarray:
     """[h, w] under a Gaussian of so many pixels, its edges continued."""
-    x = torch.from_numpy(np.ascontiguousarray(values, np.float32))[None, None]
+    x = torch.from_numpy(np.array(values, np.float32))[None, None]
     step = max(1, int(2 * sigma / BROAD)) if sigma > BROAD else 1
     step = min(step, *values.shape)
     if step > 1:
@@ -60,9 +59,9 @@ def soaked(ink: np.ndarray, rgb: np.ndarray, rng: np.random.Generator, bleed: fl
 def warped(ink: np.ndarray, rng: np.random.Generator, bleed: float) -> np.ndarray:
     """The ink moved by up to about `bleed` pixels along threads, so that its outline is not smooth."""
     h, w = ink.shape
-    fine, long = 1.5 * bleed + 0.5, 9 * bleed + 1
-    dx = cloud(rng, (h, w), (fine, long), 0, 1) * 0.5 * bleed                       # along the weft
-    dy = cloud(rng, (h, w), (long, fine), 0, 1) * 0.5 * bleed                       # and along the warp
+    fine, long = 3 * bleed + 0.5, 12 * bleed + 1
+    dx = cloud(rng, (h, w), (fine, long), 0, 1) * 0.35 * bleed                       # along the weft
+    dy = cloud(rng, (h, w), (long, fine), 0, 1) * 0.35 * bleed                       # and along the warp
     x, y = np.arange(w) + 0.5 + dx, np.arange(h)[:, None] + 0.5 + dy
     grid = torch.from_numpy(np.stack([2 * x / w - 1, 2 * y / h - 1], 2).astype(np.float32))
     source = torch.from_numpy(np.ascontiguousarray(ink, np.float32))
@@ -84,12 +83,20 @@ def halo_of(ink: np.ndarray, rgb: np.ndarray, side: float) -> tuple[np.ndarray, 
         return np.zeros_like(ink), rgb
     around = blur(near.astype(np.float32), 0.05 * side) > 0.05
     tones = lightness(rgb[:, around])
-    needed = CONTRAST + RESERVE + 12 - np.percentile(tones, 10)
-    strength = np.clip(max(needed / 25, (tones.std() - CALM) / 12), 0, 0.92)
-    shape = blur(near.astype(np.float32), 0.16 * side)
-    weight = strength * smoothstep(0.02, 0.30, shape)
+    dark = np.percentile(tones, 10)
+    strength = np.clip(max((DARKEST - dark) / max(1.0, PAPER - dark), (tones.std() - CALM) / 14), 0, 0.9)
+    weight = strength * smoothstep(0.03, 0.92, blur(block(near, int(0.14 * side)), 0.2 * side))
     calm = np.stack([blur(channel, 0.12 * side) for channel in rgb])
     light = lightness(calm)
     lifted = calm + np.clip((PAPER - light) / 100, 0, 1) * 1.05                     # L* and sRGB run alike
     weight = np.where(weight < FAINT, 0, weight).astype(np.float32)
     return weight, rgb + weight * (np.clip(lifted, 0, 1) - rgb)
+
+
+def block(near: np.ndarray, more: int) -> np.ndarray:
+    """1 in the box of all that is true in [h, w] and `more` pixels around: one strip for a whole text."""
+    rows, columns = np.flatnonzero(near.any(1)), np.flatnonzero(near.any(0))
+    out = np.zeros(near.shape, np.float32)
+    top, left = max(0, rows[0] - more), max(0, columns[0] - more)
+    out[top:rows[-1] + more + 1, left:columns[-1] + more + 1] = 1
+    return out

@@ -15,7 +15,18 @@ import numpy as np
 from .brushwork import Strokes, cloud, lay_down, smoothstep
 from .mountains import Fold, massif, paint_fold
 from .scenery import (
-    bare_tree, boat, geese, grove, hut, leafy_tree, paint_parts, pavilion, pine, ripples, willow)
+    bare_tree,
+    boat,
+    geese,
+    grove,
+    hut,
+    leafy_tree,
+    paint_parts,
+    pavilion,
+    pine,
+    ripples,
+    willow,
+)
 
 ABSORBS = np.array([[1.20, 1.25, 1.30],         # of red, green and blue, by the ink,
                     [0.20, 0.52, 0.92],         # the ochre
@@ -35,7 +46,7 @@ def landscape(height: int, width: int, seed: int) -> np.ndarray:
 
 
 class Scene(NamedTuple):
-    """What is painted on: layers [3, h, w]; the pixels of a unit; side (-1 left, 1 right), where the light is."""
+    """What is painted on: layers [3, h, w]; the pixels of a unit; side of the light: -1 left, 1 right."""
 
     layers: np.ndarray
     rng: np.random.Generator
@@ -57,8 +68,9 @@ def hanging_scroll(scene: Scene) -> None:
     """Seen from below (高遠): a mountain above mist, hills, water with a boat, trees in front."""
     rng, (w, h), unit = scene.rng, scene.size, scene.unit
     far_ranges(scene, 0.44, 0.13)
-    x, top = scene.place(rng.uniform(0.34, 0.44), rng.uniform(0.14, 0.20))
-    mountain(scene, massif(rng, x, 0.50 * w, top, 0.61 * h, 0.42, 26))
+    low = rng.random() < 0.35                   # a lower, wider mountain, paler as it is farther away
+    x, top = scene.place(rng.uniform(0.30, 0.46), rng.uniform(*((0.27, 0.32) if low else (0.14, 0.21))))
+    mountain(scene, massif(rng, x, (0.62 if low else 0.50) * w, top, 0.61 * h, 0.34 if low else 0.42, 26))
     mist(scene, 0.585, 0.05, 0.9)
     x, top = scene.place(rng.uniform(0.80, 0.95), rng.uniform(0.56, 0.60))
     mountain(scene, massif(rng, x, 0.42 * w, top, 0.74 * h, 0.55, 14))
@@ -66,22 +78,24 @@ def hanging_scroll(scene: Scene) -> None:
     water(scene, 0.66, 0.93)
     boat_at(scene, rng.uniform(0.70, 0.84), rng.uniform(0.79, 0.84), 95 * unit)
     foreground(scene, rng.uniform(0.16, 0.26), 0.93, 0.42 * w)
-    paint_parts(scene.layers, geese(rng, *scene.place(0.74, rng.uniform(0.30, 0.36)), 120 * unit), rng)
+    paint_parts(scene.layers, geese(rng, *scene.place(0.66, rng.uniform(0.27, 0.31)), 120 * unit), rng)
 
 
 def hand_scroll(scene: Scene) -> None:
     """Seen across water (平遠): a mountain at one side, low hills far away, trees in front."""
     rng, (w, h), unit = scene.rng, scene.size, scene.unit
     far_ranges(scene, 0.50, 0.16)
-    x, top = scene.place(rng.uniform(0.20, 0.30), rng.uniform(0.12, 0.19))
-    mountain(scene, massif(rng, x, 0.30 * w, top, 0.66 * h, 0.42, 26))
+    low = rng.random() < 0.35
+    x, top = scene.place(rng.uniform(0.18, 0.30), rng.uniform(*((0.28, 0.34) if low else (0.12, 0.19))))
+    mountain(scene, massif(rng, x, (0.38 if low else 0.30) * w, top, 0.66 * h, 0.34 if low else 0.42, 26))
     mist(scene, 0.62, 0.07, 0.9)
     x, top = scene.place(rng.uniform(0.50, 0.60), rng.uniform(0.52, 0.58))
     mountain(scene, massif(rng, x, 0.20 * w, top, 0.70 * h, 0.5, 12))
     shore(scene, 0.45, 0.70, 0.35)
     water(scene, 0.68, 0.95)
     near = rng.choice([0.12, 0.86])
-    boat_at(scene, rng.uniform(0.55, 0.66) if near < 0.5 else rng.uniform(0.3, 0.42), rng.uniform(0.78, 0.84), 95 * unit)
+    away = (0.55, 0.66) if near < 0.5 else (0.30, 0.42)
+    boat_at(scene, rng.uniform(*away), rng.uniform(0.78, 0.84), 95 * unit)
     foreground(scene, near, 0.92, 0.26 * w)
     paint_parts(scene.layers, geese(rng, *scene.place(0.66, rng.uniform(0.36, 0.42)), 120 * unit), rng)
 
@@ -92,8 +106,9 @@ def far_ranges(scene: Scene, level: float, size: float) -> None:
     for i in range(3):
         for _ in range(3):
             base = (level + 0.35 * size * i) * h
-            fold = Fold(rng.uniform(0, w), w * rng.uniform(0.2, 0.4), base - size * h * rng.uniform(0.5, 1.0), base,
-                        0.04 * i, rng.uniform(1.4, 2.2))
+            top = base - size * h * rng.uniform(0.5, 1.0)
+            x, half, steep = rng.uniform(0, w), w * rng.uniform(0.2, 0.4), rng.uniform(1.4, 2.2)
+            fold = Fold(x, half, top, base, 0.04 * i, steep)
             paint_fold(scene.layers, fold, rng, scene.unit, scene.side)
 
 
@@ -130,15 +145,15 @@ def mist(scene: Scene, level: float, depth: float, strength: float) -> None:
 
 def shore(scene: Scene, x: float, y: float, half: float) -> None:
     """Flat banks of land that reach out into the water, at the foot of the hills."""
-    rng, (w, h), unit = scene.rng, scene.size, scene.unit
+    rng, unit, reach = scene.rng, scene.unit, half * scene.size[0]
     for i in range(4):
         px, py = scene.place(x + rng.uniform(-0.5, 0.5) * half, y + 0.008 * i)
-        fold = Fold(px, half * w * rng.uniform(0.3, 0.6), py - rng.uniform(8, 22) * unit, py + 6 * unit, 0.5, 2.5)
-        mountain(scene, [fold])
+        top = py - rng.uniform(8, 22) * unit
+        mountain(scene, [Fold(px, reach * rng.uniform(0.3, 0.6), top, py + 6 * unit, 0.5, 2.5)])
         if i < 2:
             for _ in range(2):
-                size = rng.uniform(30, 44) * unit
-                paint_parts(scene.layers, hut(rng, px + rng.uniform(-60, 60) * unit, py - 4 * unit, size), rng)
+                at, size = px + rng.uniform(-60, 60) * unit, rng.uniform(30, 44) * unit
+                paint_parts(scene.layers, hut(rng, at, py - 4 * unit, size), rng)
 
 
 def water(scene: Scene, top: float, bottom: float) -> None:
@@ -170,10 +185,10 @@ def foreground(scene: Scene, x: float, y: float, half: float) -> None:
     kinds = [pine, rng.choice([willow, bare_tree]), pine, leafy_tree, rng.choice([leafy_tree, bare_tree])]
     places = rng.permutation(np.linspace(-0.75, 0.40, len(kinds))) + rng.uniform(-0.06, 0.06, len(kinds))
     for kind, place in zip(kinds, places, strict=True):
-        tall = unit * rng.uniform(240, 330) * (1.25 if kind is pine else 0.9)
+        tall = unit * rng.uniform(240, 330) * {pine: 1.25, willow: 1.15}.get(kind, 0.95)
         at = cx + half * place
-        paint_parts(scene.layers, kind(rng, at, ground(at) + rng.uniform(8, 30) * unit, tall, rng.uniform(-0.2, 0.2)),
-                    rng)
+        root = ground(at) + rng.uniform(8, 30) * unit
+        paint_parts(scene.layers, kind(rng, at, root, tall, rng.uniform(-0.2, 0.2)), rng)
     rocks(scene, [(cx + half * p, ground(cx + half * p)) for p in [*places, *rng.uniform(-1, 1, 7)]])
 
 
@@ -183,7 +198,8 @@ def rocks(scene: Scene, places: list[tuple[float, float]]) -> None:
     for x, y in sorted(places, key=lambda place: place[1]):
         tall = rng.uniform(22, 62) * unit
         base = y + tall * 0.3 + rng.uniform(24, 70) * unit
-        mountain(scene, [Fold(x + rng.normal(0, 20) * unit, tall * rng.uniform(0.9, 1.7), base - tall * 1.4, base, 0.8,
+        half = tall * rng.uniform(0.9, 1.7)
+        mountain(scene, [Fold(x + rng.normal(0, 20) * unit, half, base - tall * 1.4, base, 0.8,
                               rng.uniform(2, 3.2), 0.8)])
 
 
@@ -196,7 +212,8 @@ def silk(shape: tuple[int, int], rng: np.random.Generator, unit: float) -> np.nd
     for along, across in (((14 * unit + 2), 1.0), (1.0, (14 * unit + 2))):          # weft and warp
         tone += 0.011 * cloud(rng, shape, (across, along), 0, 1)
     tone -= stains(shape, rng, unit)
-    return (SILK[:, None, None] * np.exp(tone[None] * np.array([0.8, 1, 1.35])[:, None, None])).astype(np.float32)
+    aged = np.exp(tone[None] * np.array([0.8, 1, 1.35])[:, None, None])             # brown, where it is dark
+    return (SILK[:, None, None] * aged).astype(np.float32)
 
 
 def stains(shape: tuple[int, int], rng: np.random.Generator, unit: float) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Mountains as the old painters built them: folds that overlap, each dark at its crest and lost in mist below.
+"""Mountains as the old painters built them: folds that overlap, dark at the crest, lost in mist below.
 
 Read after brushwork.py, before landscape.py.
 Shapes: h height, w width of the paper; three pigments (ink, ochre, indigo); lengths in pixels, y down.
@@ -32,7 +32,8 @@ def crest_of(fold: Fold, columns: np.ndarray, rng: np.random.Generator, unit: fl
     rise = (1 - np.abs(u)**fold.steep)**1.15
     n, height = len(columns), fold.base - fold.top
     swings = max(2.0, 2 * fold.half / max(height, 1) * 2.2)
-    rough = wave(rng, n, swings, 5, 0.55, 0.35) * 0.36 * fold.rough * min(height, 1.5 * fold.half) * (0.5 + fold.near)
+    broken = 0.36 * fold.rough * min(height, 1.5 * fold.half) * (0.5 + fold.near)
+    rough = wave(rng, n, swings, 5, 0.55, 0.35) * broken
     rough += wave(rng, n, max(2.0, 2 * fold.half / (40 * unit)), 4, 0.6, 0.3) * (3 + 7 * fold.near) * unit
     crest = fold.base - height * rise + rough * np.minimum(1, 1.2 * rise)**0.6
     return fold.base - (fold.base - crest) * height / max(1.0, fold.base - crest.min())
@@ -139,7 +140,8 @@ def fibres(fold: Fold, crest: np.ndarray, left: int, relief: Relief, rng: np.ran
     count = int(np.clip(fold.half * height / (22 * unit * unit) * (0.4 + 0.6 * fold.near), 20, 12000))
     at, start = rng.uniform(0.01, 0.99, count), rng.exponential(0.24, count)
     facing = relief.facing(2 * at - 1, start)
-    keep = rng.random(count) < 0.10 + 0.9 * np.clip(0.5 - 0.5 * light * (0.8 * facing + 0.4 * (2 * at - 1)), 0, 1)**1.5
+    shadow = np.clip(0.5 - 0.5 * light * (0.8 * facing + 0.4 * (2 * at - 1)), 0, 1)
+    keep = rng.random(count) < 0.10 + 0.9 * shadow**1.5
     at, start, facing = at[keep], start[keep], facing[keep]
     length = rng.uniform(12, 40, len(at)) * unit * (0.5 + 0.6 * fold.near)
     lean = 0.8 * (2 * at - 1) + 0.55 * facing + rng.normal(0, 0.12, len(at))
@@ -172,8 +174,9 @@ def moss(fold: Fold, crest: np.ndarray, left: int, rng: np.random.Generator, uni
 
 def massif(rng: np.random.Generator, x: float, half: float, top: float, base: float, near: float,
            count: int) -> list[Fold]:
-    """A mountain, its folds far to near: a peak among lesser ones, then shoulders and alum-heads (礬頭) that step
-    down from it to the foot."""
+    """A mountain, its folds far to near: a peak among lesser ones, then shoulders and alum-heads (礬頭) that
+    step down from it to the foot. x, half, top, base, near: as of a Fold; count: of the lower folds.
+    """
     height = base - top
     folds = [Fold(x, 0.72 * half, top, base - 0.1 * height, near, rng.uniform(1.2, 1.6))]
     for side in (-1, 1, -1, 1, -1, 1):
@@ -185,7 +188,7 @@ def massif(rng: np.random.Generator, x: float, half: float, top: float, base: fl
         t = (i + rng.uniform(0, 1)) / count                                         # 0 peak .. 1 foot
         size = half * rng.uniform(0.12, 0.34) * (0.7 + 0.5 * t)
         foot_y = top + height * (0.3 + 0.7 * t)
-        room = max(0.0, half * (0.27 + 0.65 * t) - 0.85 * size)
+        room = max(0.0, half * (0.18 + 0.72 * t) - 0.85 * size)
         rise = size * rng.uniform(0.45, 1.1)
         folds.append(Fold(x + room * np.clip(rng.normal(0, 0.55), -1, 1), size, foot_y - rise, foot_y,
                           near + 0.15 * t, rng.uniform(1.4, 2.6)))

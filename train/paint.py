@@ -1,4 +1,4 @@
-"""Write calligraphy into a painting: python -m train.paint --run out/calligraphy --onto landscape --text 春滿乾坤
+"""Write into a painting: python -m train.paint --run out/calligraphy --onto landscape --text 春滿乾坤
 
 Read after landscape.py and composition.py. Leaves painting-SEED.png and, with --animate, painting-SEED.gif.
 """
@@ -15,8 +15,8 @@ from PIL import Image
 from miniclip.weights import atomic_write
 from minidiff.text_to_image import TextToImage, model_of
 
-from .composition import LAYOUTS, Seal, Sheet, compose, finished, frames_of, write_on  # noqa: F401
-from .data.image import read_image, read_whole
+from .composition import LAYOUTS, Box, Seal, Sheet, compose, finished, frames_of, write_on  # noqa: F401
+from .data.image import read_whole
 from .data.table import list_captioned
 from .errors import UserError
 from .landscape import landscape
@@ -36,13 +36,13 @@ FRAME_MS, LAST_MS = 90, 3000
 class PaintConfig:
     """The flags of train.paint."""
 
-    run: str = flag("out/calligraphy", "what writes: a run of train.train_diffusion, or a folder of pictures of "
-                                       "characters such as data/calligraphy")
+    run: str = flag("out/calligraphy", "what writes: a run of train.train_diffusion, or a folder of pictures "
+                                       "of characters such as data/calligraphy")
     onto: str = flag("landscape", "a painting of yours, 64 to 8192 pixels a side; landscape: one is painted")
     text: str = flag("春滿乾坤", "what to write")
     hand: str = flag("楷書", "in which hand")
     layout: str = flag("column", "column: from top to bottom; row; both from right to left", choices=LAYOUTS)
-    place: str = flag("auto", "auto: where the painting is emptiest; x,y: the text's upper left corner in pixels")
+    place: str = flag("auto", "auto: where the painting is emptiest; x,y: upper left corner in pixels")
     scale: float = flag(1.0, "of the characters", at_least=0.1, at_most=10)
     seal: str = flag("", f"1 to {MOST} characters of a seal below the text; empty: none")
     cut: str = flag("auto", "朱文: red characters, 白文: white ones on red", choices=("auto", *CUTS))
@@ -61,7 +61,8 @@ def main(cfg: PaintConfig) -> None:
     painting = read_painting(cfg)
     stages = inks_of(cfg.run, cfg.text, cfg.hand, cfg.seed)
     seal = seal_of(cfg)
-    sheet = write_on(painting, [inks[-1] for inks in stages], cfg.layout, cfg.place, seal, cfg.seed, cfg.scale)
+    inks = [growing[-1] for growing in stages]
+    sheet = write_on(painting, inks, cfg.layout, cfg.place, seal, cfg.seed, cfg.scale)
     still = out / f"painting-{cfg.seed}.png"
     with atomic_write(still) as file:
         Image.fromarray(finished(painting, sheet).transpose(1, 2, 0)).save(file, "png", compress_level=4)
@@ -132,14 +133,14 @@ def pictured_inks(folder: Path, text: str, hand: str) -> list[np.ndarray]:
     inks = []
     for char in text:
         if (path := files.get(f"{char} {hand}".strip())) is None:
-            raise UserError(f"--run {folder}: no picture of {char} {hand}; there are {' '.join(list(files)[:40])}")
-        side = Image.open(path).size
-        inks.append(1 - read_image(path, side[::-1], 1)[0].float().numpy() / 255)
+            raise UserError(f"--run {folder}: no picture of {char} {hand}; there are "
+                            f"{' '.join(list(files)[:40])}")
+        inks.append(1 - read_whole(path, 1)[0].float().numpy() / 255)
     return inks
 
 
 def appearing(ink: np.ndarray) -> list[np.ndarray]:
-    """An ink [h, w] in steps, from its upper left to its lower right: for those whose strokes are not known."""
+    """An ink [h, w] in steps, from upper left to lower right: for those whose strokes are not known."""
     h, w = ink.shape
     along = np.linspace(0, 0.7, h)[:, None] + np.linspace(0, 0.3, w)[None]
     return [ink * np.clip((at - along) * 6, 0, 1) for at in np.linspace(0.1, 1.17, STEPS)[:-1]] + [ink]
@@ -149,18 +150,18 @@ def appearing(ink: np.ndarray) -> list[np.ndarray]:
 
 
 def animation(painting: np.ndarray, sheet: Sheet, stages: list[list[np.ndarray]]) -> bytes:
-    """A GIF as wide as GIF_BYTES allow: ink is only ever added, and the last frame is the finished picture."""
+    """A GIF as wide as GIF_BYTES allow: ink is only ever added; the last frame is the finished picture."""
     for width in (w for w in (*GIF_WIDTHS, 32) if w <= max(painting.shape[2], 32)):
-        data = encoded(*frames_of(painting, sheet, stages, width))
+        seal = sheet.stamp and Box(*(round(n * width / painting.shape[2]) for n in sheet.stamp))
+        data = encoded(*frames_of(painting, sheet, stages, width), seal)
         if len(data) <= GIF_BYTES:
             break
     return data
 
 
-def encoded(bare: np.ndarray, whole: np.ndarray, shown: list[np.ndarray]) -> bytes:
-    """The bytes of the GIF. bare, whole: uint8 [h, w, 3]; shown: see `frames_of`."""
-    both = Image.fromarray(np.concatenate([bare, whole]))
-    palette = both.quantize(GIF_COLOURS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+def encoded(bare: np.ndarray, whole: np.ndarray, shown: list[np.ndarray], seal: Box | None) -> bytes:
+    """The bytes of the GIF. bare, whole uint8 [h, w, 3] and shown: of `frames_of`; seal: its place there."""
+    palette = palette_of(bare, whole, seal)
     colours = np.asarray(palette.getpalette()[:3 * GIF_COLOURS], float).reshape(-1, 3) @ (0.299, 0.587, 0.114)
 
     def indices(rgb: np.ndarray) -> np.ndarray:
@@ -174,6 +175,16 @@ def encoded(bare: np.ndarray, whole: np.ndarray, shown: list[np.ndarray]) -> byt
         now = np.where(darker, mixed, now).astype(np.uint8)
         frames.append(now)
     return as_gif([*frames, last], palette)
+
+
+def palette_of(bare: np.ndarray, whole: np.ndarray, seal: Box | None) -> Image.Image:
+    """Colours for both pictures, with some set apart for the seal, which is small."""
+    parts = [bare, whole]
+    if seal:
+        red = Image.fromarray(whole).crop((seal.x, seal.y, seal.x + seal.side, seal.y + seal.side))
+        parts.append(np.asarray(red.resize((bare.shape[1], max(1, bare.shape[0] // 6)))))
+    return Image.fromarray(np.concatenate(parts)).quantize(GIF_COLOURS, Image.Quantize.MEDIANCUT,
+                                                           dither=Image.Dither.NONE)
 
 
 def as_gif(frames: list[np.ndarray], palette: Image.Image) -> bytes:

@@ -1,4 +1,4 @@
-"""Where in a painting there is room to write: the emptiest window, preferably at the upper right or left.
+"""Where in a painting there is room to write: the emptiest window, for choice at the upper right or left.
 
 Read before paint.py.
 Shapes: H height, W width of the painting, uint8 [3, H, W].
@@ -14,7 +14,7 @@ EMPTIEST = 0.10             # the share of windows among which one is chosen by 
 
 
 def busyness(painting: np.ndarray) -> np.ndarray:
-    """How much there is at each place of a small picture of the painting, float64 [h, w]: edges and darkness."""
+    """How much there is at each place of a small copy of the painting, float64 [h, w]: edges and darkness."""
     image = Image.fromarray(painting.transpose(1, 2, 0)).convert("L")
     image.thumbnail((LOOKED_AT, LOOKED_AT), Image.Resampling.BOX)
     grey = np.asarray(image, np.float64) / 255
@@ -31,11 +31,12 @@ def window_means(values: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def emptiest(painting: np.ndarray, height: int, width: int, margin: int) -> tuple[int, int, float]:
     """x and y of a window of this size, in pixels, `margin` from the edges, and the share of all windows that
-    are emptier than it (at most EMPTIEST)."""
+    are emptier than it, at most EMPTIEST.
+    """
     values = busyness(painting)
     scale = values.shape[0] / painting.shape[1]
-    size = [max(1, min(round(scale * side), limit)) for side, limit in zip((height, width), values.shape,
-                                                                          strict=True)]
+    size = [max(1, min(round(scale * side), limit))
+            for side, limit in zip((height, width), values.shape, strict=True)]
     means = window_means(values, *size)
     edge = [min(int(np.ceil(scale * margin)), (n - 1) // 2) for n in means.shape]
     means = means[edge[0]:means.shape[0] - edge[0], edge[1]:means.shape[1] - edge[1]]
@@ -47,7 +48,7 @@ def emptiest(painting: np.ndarray, height: int, width: int, margin: int) -> tupl
 
 
 def chosen(means: np.ndarray) -> tuple[int, int]:
-    """Row and column among the emptiest: the nearer to an upper corner the better, the right one for choice."""
+    """Row and column among the emptiest: the nearer to an upper corner the better, for choice the right."""
     rows, columns = means.shape
     y, x = np.linspace(0, 1, rows)[:, None], np.linspace(0, 1, columns)[None]
     from_corner = y + np.minimum(1 - x, x + 0.1) * 1.5

@@ -59,7 +59,7 @@ def curve(start: np.ndarray, bend: np.ndarray, end: np.ndarray, count: int = 12)
 
 
 class Wood(NamedTuple):
-    """A skeleton: its branches as strokes, and its tips [N, 2] with the directions [N] in which they point."""
+    """A skeleton: its branches as strokes, its tips [N, 2] and the directions [N] in which they point."""
 
     strokes: Strokes
     tips: np.ndarray
@@ -84,7 +84,8 @@ def grow(rng: np.random.Generator, x: float, y: float, size: float, lean: float,
         index = np.minimum((pick * 7).round().astype(int), 7)
         at = path[np.arange(len(path))[:, None], index].reshape(-1, 2)
         turn = np.linspace(-1, 1, forks)[None] * spread * rng.uniform(0.6, 1.4, (len(path), forks))
-        angles = (np.clip(steps[:, -1:], -1.7, 1.7) * 0.85 + turn * rng.choice([-1, 1], (len(path), 1))).ravel()
+        turn = turn * rng.choice([-1, 1], (len(path), 1))
+        angles = (np.clip(steps[:, -1:], -1.7, 1.7) * 0.85 + turn).ravel()
         length, width = length * 0.72, width * 0.62
     return Wood(joined(parts, 8), at, angles)
 
@@ -221,11 +222,11 @@ def grove(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, size: float, t
             Part(dots(rng, spot, 0.15 * size, tone), INK, False, 0.1)]
 
 
-# ---------------------------------------------------------------------------------------- what people have made
+# --------------------------------------------------------------------------------------- what people made
 
 
 def filled(left: np.ndarray, right: np.ndarray, tone: float) -> Strokes:
-    """The area between two edges [P, 2] that run alongside one another, as wide strokes from one to the other."""
+    """The area between two edges [P, 2] that run alongside one another, as strokes from one to the other."""
     length = np.linalg.norm(np.diff((left + right) / 2, axis=0), axis=1).sum()
     rows = max(2, int(np.ceil(length / 1.2)))
     left, right = resampled(left[None], rows)[0], resampled(right[None], rows)[0]
@@ -242,8 +243,10 @@ def pavilion(rng: np.random.Generator, x: float, y: float, size: float) -> list[
     eave = curve(left[-1:], np.array([[x, y - 0.55 * s]]), right[-1:], 12)[0]
     tiles = [line(np.stack([x + k * reach * s, y + (drop + 0.035 * (1 - k * k) * t) * s], 1), thin, 0.4)
              for k in np.linspace(-0.85, 0.85, 9)]
-    posts = [line([[x + k * s, y - 0.62 * s], [x + k * s, y]], 1.6 * thin, 0.8) for k in (-0.4, -0.16, 0.16, 0.4)]
-    rails = [line([[x - 0.42 * s, y - d * s], [x + 0.42 * s, y - d * s]], thin, 0.6) for d in (0.0, 0.14, 0.2)]
+    posts = [line([[x + k * s, y - 0.62 * s], [x + k * s, y]], 1.6 * thin, 0.8)
+             for k in (-0.4, -0.16, 0.16, 0.4)]
+    rails = [line([[x - 0.42 * s, y - d * s], [x + 0.42 * s, y - d * s]], thin, 0.6)
+             for d in (0.0, 0.14, 0.2)]
     inside = filled(np.array([[x - 0.4 * s, y - k * s] for k in np.linspace(0.6, 0, 9)]),
                     np.array([[x + 0.4 * s, y - k * s] for k in np.linspace(0.6, 0, 9)]), 0.12)
     knob = line([[x, y - 1.1 * s], [x, y - 0.98 * s]], 2.5 * thin, 0.9)
@@ -259,11 +262,13 @@ def hut(rng: np.random.Generator, x: float, y: float, size: float) -> list[Part]
                        [0.42, -0.58], [-0.42, -0.58]]) * s * np.array([k, 1]) + np.array([x, y])
     wall = filled(np.linspace(corner[3], corner[0], 7), np.linspace(corner[2], corner[1], 7), 0.15)
     roof = filled(np.linspace(corner[7], corner[4], 7), np.linspace(corner[6], corner[5], 7), 0.55)
-    reeds = [line([corner[7] + (corner[6] - corner[7]) * t, corner[4] + (corner[5] - corner[4]) * t], thin, 0.35)
-             for t in np.linspace(0.05, 0.95, 14)]
-    frame = [line(corner[[a, b]], thin * 1.4, 0.8) for a, b in ((7, 6), (7, 4), (6, 5), (4, 5), (0, 3), (1, 2), (0, 1))]
-    door = line(np.array([[x - 0.05 * s, y - 0.02 * s], [x - 0.05 * s, y - 0.22 * s]]), 0.14 * s, 0.55)
-    return [Part(wall, OCHRE, True, 0), Part(roof, THATCH, True, 0), Part(joined([*reeds, *frame, door]), INK)]
+    reeds = [line([corner[7] + (corner[6] - corner[7]) * t, corner[4] + (corner[5] - corner[4]) * t], thin,
+                  0.35) for t in np.linspace(0.05, 0.95, 14)]
+    frame = [line(corner[[a, b]], thin * 1.4, 0.8)
+             for a, b in ((7, 6), (7, 4), (6, 5), (4, 5), (0, 3), (1, 2), (0, 1))]
+    door = line([[x - 0.05 * s, y - 0.02 * s], [x - 0.05 * s, y - 0.22 * s]], 0.14 * s, 0.55)
+    lines = joined([*reeds, *frame, door])
+    return [Part(wall, OCHRE, True, 0), Part(roof, THATCH, True, 0), Part(lines, INK)]
 
 
 def boat(rng: np.random.Generator, x: float, y: float, size: float) -> list[Part]:
@@ -283,12 +288,13 @@ def boat(rng: np.random.Generator, x: float, y: float, size: float) -> list[Part
             line(at([[0.225, -0.215], [0.265, -0.25], [0.315, -0.21]]), 0.028 * s, 0.85),
             line(at([[0.28, -0.16], [0.36, -0.17]]), 0.02 * s, 0.7)]
     rod = line(at([[0.34, -0.165], [0.6, -0.33], [0.78, -0.40]]), thin * 0.8, 0.6)
-    ripples = [line(at([[a, d], [(a + b) / 2, d + 0.008], [b, d]]), thin, 0.25)
-               for a, b, d in ((-0.62, -0.1, 0.05), (-0.3, 0.55, 0.085), (0.1, 0.7, 0.045))]
+    wake = [line(at([[a, d], [(a + b) / 2, d + 0.008], [b, d]]), thin, 0.25)
+            for a, b, d in ((-0.62, -0.1, 0.05), (-0.3, 0.55, 0.085), (0.1, 0.7, 0.045))]
     shade = filled(at(np.stack([awning[:7, 0], awning[:7, 1]], 1)), at(awning[:5:-1]), 0.5)
-    return [Part(joined(ripples), INK), Part(filled(at(rim), at(keel), 0.45), THATCH, True, 0),
-            Part(shade, THATCH, True, 0), Part(joined([line(at(rim), 1.6 * thin, 0.85), line(at(keel), 2 * thin, 0.8),
-                                                      line(at(awning), 1.5 * thin, 0.8), *ribs, *body, rod]), INK)]
+    edges = [line(at(rim), 1.6 * thin, 0.85), line(at(keel), 2 * thin, 0.8),
+             line(at(awning), 1.5 * thin, 0.8)]
+    return [Part(joined(wake), INK), Part(filled(at(rim), at(keel), 0.45), THATCH, True, 0),
+            Part(shade, THATCH, True, 0), Part(joined([*edges, *ribs, *body, rod]), INK)]
 
 
 def geese(rng: np.random.Generator, x: float, y: float, size: float) -> list[Part]:

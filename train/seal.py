@@ -14,17 +14,20 @@ from .ink import blur
 VERMILION = np.array([0.70, 0.16, 0.11], np.float32)
 CUTS = ("朱文", "白文")          # red characters on paper; paper-coloured ones on red
 MOST = 4                        # characters on a seal
-FRAME = 0.075                   # the frame's width, as a share of the side
+FINER = 3                       # it is cut so many times larger than it is pressed
+FRAME = 0.06                    # the frame's width, as a share of the side
 
 
 def stamp(inks: list[np.ndarray], side: int, cut: str, rng: np.random.Generator) -> np.ndarray:
     """How much paste [side, side] the seal leaves, 0..1, with characters from their inks [h, w] in 0..1."""
-    red = engraved(inks, side) if cut == CUTS[0] else white_cut(inks, side)
-    ragged = red + 0.10 * cloud(rng, red.shape, (side / 9, side / 9), 0.7, 1)
-    pressed = smoothstep(0.30, 0.62, blur(ragged, max(0.4, side / 160)))
-    worn = cloud(rng, red.shape, (side / 4, side / 4), 0.75, 1) + 1.1 * rim(side)
-    pressure = 0.90 + 0.10 * cloud(rng, red.shape, (side / 3, side / 3), 0.5, 2)
-    return (pressed * smoothstep(2.6, 2.1, worn) * np.clip(pressure, 0.5, 1)).astype(np.float32)
+    size = side * FINER
+    red = engraved(inks, size) if cut == CUTS[0] else white_cut(inks, size)
+    ragged = red + 0.07 * cloud(rng, red.shape, (size / 7, size / 7), 0.6, 2)
+    pressed = smoothstep(0.30, 0.62, blur(ragged, max(0.4, size / 160)))
+    worn = cloud(rng, red.shape, (size / 4, size / 4), 0.75, 1) + 1.1 * rim(size)
+    pressure = 0.90 + 0.10 * cloud(rng, red.shape, (size / 3, size / 3), 0.5, 2)
+    paste = pressed * smoothstep(2.6, 2.1, worn) * np.clip(pressure, 0.5, 1)
+    return paste.astype(np.float32).reshape(side, FINER, side, FINER).mean((1, 3))
 
 
 def rim(side: int) -> np.ndarray:
@@ -43,17 +46,17 @@ def rounded(side: int, inset: float) -> np.ndarray:
 def engraved(inks: list[np.ndarray], side: int) -> np.ndarray:
     """朱文: a frame and characters."""
     frame = rounded(side, 0.01) - rounded(side, 0.01 + FRAME)
-    return np.maximum(frame, filled(inks, side, FRAME + 0.06))
+    return np.maximum(frame, filled(inks, side, FRAME + 0.045))
 
 
 def white_cut(inks: list[np.ndarray], side: int) -> np.ndarray:
     """白文: a red field out of which characters are cut."""
-    return np.clip(rounded(side, 0.01) - filled(inks, side, 0.09), 0, 1)
+    return np.clip(rounded(side, 0.01) - filled(inks, side, 0.075), 0, 1)
 
 
 def filled(inks: list[np.ndarray], side: int, inset: float) -> np.ndarray:
     """Characters that fill the square but for `inset` of its side all around: columns from right to left."""
-    out, gap = np.zeros((side, side), np.float32), 0.035 * side
+    out, gap = np.zeros((side, side), np.float32), 0.03 * side
     columns = [inks[:2], inks[2:]] if len(inks) > 2 else [inks]
     room = side * (1 - 2 * inset)
     for k, column in enumerate(columns):
@@ -75,7 +78,8 @@ def stretched(ink: np.ndarray, height: int, width: int) -> np.ndarray:
         return np.zeros((height, width), np.float32)
     box = ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
     image = Image.fromarray(box.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
-    return smoothstep(0.3, 0.7, np.asarray(image))
+    bold = blur(np.asarray(image), max(0.3, 0.018 * min(height, width)))
+    return smoothstep(0.12, 0.5, bold)
 
 
 def pressed_on(rgb: np.ndarray, paste: np.ndarray) -> np.ndarray:
