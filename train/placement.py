@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 LOOKED_AT = 640             # pixels: the longer side of the small picture in which room is looked for
+SHADE = 0.12                # so much darker than the light parts is still empty: the borders of old paper
 EMPTIEST = 0.10             # the share of windows among which one is chosen by where it lies
 
 
@@ -19,7 +20,7 @@ def busyness(painting: np.ndarray) -> np.ndarray:
     image.thumbnail((LOOKED_AT, LOOKED_AT), Image.Resampling.BOX)
     grey = np.asarray(image, np.float64) / 255
     dy, dx = np.gradient(grey)
-    return np.hypot(dx, dy) * 4 + 0.5 * np.maximum(0, np.quantile(grey, 0.9) - grey)
+    return np.hypot(dx, dy) * 4 + 2 * np.maximum(0, np.quantile(grey, 0.9) - SHADE - grey)
 
 
 def window_means(values: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -54,5 +55,5 @@ def chosen(means: np.ndarray) -> tuple[int, int]:
     from_corner = y + np.minimum(1 - x, x + 0.1) * 1.5
     worst = np.quantile(means, EMPTIEST)
     spread = max(float(worst - means.min()), 1e-9)
-    cost = from_corner + 0.3 * (means - means.min()) / spread
+    cost = from_corner + (means - means.min()) / spread
     return np.unravel_index(np.argmin(np.where(means <= worst, cost, np.inf)), means.shape)
