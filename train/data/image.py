@@ -7,6 +7,7 @@ Shapes: C channels, H height, W width; uint8 0..255.
 from __future__ import annotations
 
 import io
+import math
 import stat
 import warnings
 from collections.abc import Callable
@@ -23,6 +24,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", "
 MAX_PIXELS = 64 * 2**20         # of one image, from its header
 MAX_FILE_BYTES = 512 * 2**20
 MAX_SIDE = 8192                 # of the tensors made here
+MIN_SIDE = 64                   # of what is read at its own size
 
 
 def read_image(path, size, channels: int, fit: str = "pad") -> torch.Tensor:
@@ -35,18 +37,21 @@ def read_image(path, size, channels: int, fit: str = "pad") -> torch.Tensor:
     return guarded(path, lambda image: fitted(image, (height, width), channels, fit))
 
 
-def read_whole(path, channels: int, most: int = MAX_SIDE) -> torch.Tensor:
-    """Reads one picture as uint8 [channels, H, W] of its own size, smaller if its longer side is above
+def read_whole(path, channels: int, most: int | None = None) -> torch.Tensor:
+    """Reads one picture as uint8 [channels, H, W] of its own size, or smaller where its longer side is above
     `most`.
 
     Turned as its EXIF says, transparency on white. Raises DataError that names the file.
     """
-    def shrunk(image: Image.Image) -> torch.Tensor:
-        scale = min(1.0, most / max(image.size))
+    def whole(image: Image.Image) -> torch.Tensor:
+        scale = min(1.0, (most or math.inf) / max(image.size))
         width, height = (max(1, round(side * scale)) for side in image.size)
-        return fitted(image, check_format((height, width), channels, "pad"), channels)
+        if not (MIN_SIDE <= min(width, height) and max(width, height) <= MAX_SIDE):
+            raise DataError(f"{path}: {image.width}x{image.height} pixels: each side must be {MIN_SIDE} to "
+                            f"{MAX_SIDE}")
+        return fitted(image, (height, width), channels)
 
-    return guarded(path, shrunk)
+    return guarded(path, whole)
 
 
 def guarded(path, use: Callable[[Image.Image], torch.Tensor]) -> torch.Tensor:
