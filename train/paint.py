@@ -15,6 +15,7 @@ from PIL import Image
 from miniclip.weights import atomic_write
 from minidiff.text_to_image import TextToImage, model_of
 
+from .animate import animation as writing
 from .composition import LAYOUTS, Box, Seal, Sheet, compose, finished, frames_of, write_on  # noqa: F401
 from .data.image import read_whole
 from .data.table import list_captioned
@@ -23,9 +24,11 @@ from .landscape import landscape
 from .run.cli import MAX_SEED, check_flags, command, flag, parse_flags, start
 from .run.folder import make_folder
 from .seal import CUTS, MOST
+from .strokes import load_run, strokes_model_of, written
 
 LONGEST = 56                # characters of a text
 STEPS = 8                   # in which a picture appears in the animation
+WRITTEN, EVERY = 384, 5     # of strokes: pixels of a character, and of how many frames one is kept
 GIF_BYTES = 200 * 2**10
 GIF_WIDTHS = (720, 640, 560, 480, 420, 360, 300, 250, 200, 160, 128, 96, 64)
 GIF_COLOURS = 64
@@ -36,8 +39,8 @@ FRAME_MS, LAST_MS = 90, 3000
 class PaintConfig:
     """The flags of train.paint."""
 
-    run: str = flag("out/calligraphy", "what writes: a run of train.train_diffusion, or a folder of pictures "
-                                       "of characters such as data/calligraphy")
+    run: str = flag("out/strokes", "what writes: a run of train.train_diffusion, on strokes or on pictures, "
+                                   "or a folder of pictures of characters such as data/calligraphy")
     onto: str = flag("landscape", "a painting of yours, 64 to 8192 pixels a side; landscape: one is painted")
     text: str = flag("春滿乾坤", "what to write")
     hand: str = flag("楷書", "in which hand")
@@ -108,6 +111,10 @@ def seal_of(cfg: PaintConfig) -> Seal | None:
 
 def inks_of(run: str, text: str, hand: str, seed: int) -> list[list[np.ndarray]]:
     """Of each character its inks float32 [h, w] as they grow, the last being all of it. Raises UserError."""
+    if strokes_model_of(run):
+        characters = written(load_run(run), text, hand, seed)
+        return [writing(character, WRITTEN, seed + k)[::-EVERY][::-1]
+                for k, character in enumerate(characters)]
     if model_of(run):
         return [appearing(ink) for ink in drawn_inks(run, text, hand, seed)]
     if (Path(run) / "captions.csv").is_file():

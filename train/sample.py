@@ -16,6 +16,7 @@ from .data.grid import grid_columns, save_grid, save_image
 from .run.cli import MAX_SEED, check_flags, flag, model_folder, parse_flags, pick_device, start
 from .run.folder import make_folder
 from .run.log import Progress
+from .strokes import load_writer
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def main(cfg: SampleConfig) -> None:
     Raises UserError, and WeightsError or ConfigError for a model that cannot be read.
     """
     check_flags(cfg)
-    model = TextToImage.load(model_folder(cfg.run)).to(pick_device(cfg.device))
+    model = load_writer(model_folder(cfg.run)).to(pick_device(cfg.device))
     prompt = understood(model, cfg.prompt)
     out = make_folder(cfg.out)
 

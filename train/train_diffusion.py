@@ -58,6 +58,7 @@ from .run.settings import (
     freeze_named,
 )
 from .run.state import TrainState, fingerprint
+from .strokes import Scaling, affine_tokens, build_stroke_writer, holds_strokes, read_strokes, tokens_of
 from .validation import validate
 
 SAMPLE_BATCH = 20       # samples on the way that go through the UNet together
@@ -122,7 +123,7 @@ def main(cfg: TrainConfig, dataset: Dataset | None = None) -> None:
 
         lr = set_learning_rate(optimizers, step, cfg.steps, cfg.warmup)
         indices, images = batches.batch(step, state.generator)              # x0 ~ q(x0)
-        batch = draw(model, indices, images, data.captions, cfg, ranks, state.generator)    # t, eps
+        batch = draw(model, indices, images, data, cfg, ranks, state.generator)     # t, eps
         loss = forward_backward(loss_fn, batch, cfg, state, ranks.device)   # || eps - eps_theta(x_t, t) ||^2
         norm = state.clip_gradients(cfg.clip)
         loss = run.agreed(loss)
@@ -175,12 +176,15 @@ class Data(NamedTuple):
     fingerprint: dict[str, int]
     skipped: Skipped                # broken files
     folder: CaptionedImages | None  # to stream from
+    strokes: Scaling | None = None  # where `images` are stroke tokens [N, F, K, 1]
 
 
 def open_data(cfg: TrainConfig, ranks: Ranks, dataset: Dataset | None = None) -> Data:
     """The images and captions of a folder, or of a dataset given from Python."""
     out = Path(cfg.out)
     skipped = Skipped(out, ranks, cfg.resume)
+    if dataset is None and holds_strokes(cfg.data):
+        return open_strokes(cfg, ranks, skipped)
     if dataset is not None:
         images, captions = from_dataset(dataset, cfg.size, cfg.channels)
         seen = fingerprint(checksums(images), captions)
@@ -197,6 +201,19 @@ def open_data(cfg: TrainConfig, ranks: Ranks, dataset: Dataset | None = None) ->
                 fingerprint(names, captions), skipped, folder)
 
 
+def open_strokes(cfg: TrainConfig, ranks: Ranks, skipped: Skipped) -> Data:
+    """The characters of a folder of strokes, as tokens; captions such as 春 楷書."""
+    for name, usual in (("stream", False), ("flip", False), ("init", "")):
+        if getattr(cfg, name) != usual:
+            raise UserError(f"--{name}: not with {cfg.data}, which holds strokes")
+    characters, files = read_strokes(cfg.data)
+    tokens, scaling = tokens_of(characters)
+    captions = [f"{character.char} {character.hand}" for character in characters]
+    names = [file.relative_to(cfg.data).as_posix() for file in files]
+    seen = fingerprint(names, captions)
+    return Data(captions, tokens.to(ranks.device), captions, True, seen, skipped, None, scaling)
+
+
 def open_batches(cfg: TrainConfig, data: Data, ranks: Ranks) -> InMemory | Streamed:
     """This process's rows of the images or latents, on its device, from memory or a stream."""
     rows = ranks.local_rows(cfg.batch)
@@ -209,7 +226,7 @@ def open_batches(cfg: TrainConfig, data: Data, ranks: Ranks) -> InMemory | Strea
 def build_model(cfg: TrainConfig, data: Data, ranks: Ranks) -> tuple[TextToImage, Data]:
     """A fresh model or the one of --init, on its device, and the data as it takes them: perhaps latents."""
     torch.manual_seed(cfg.seed)
-    model = initial_model(cfg, data.captions)
+    model = initial_model(cfg, data.captions, data.strokes)
     for part in model.children():
         if part is not model.unet:
             part.to(ranks.device)
@@ -226,10 +243,12 @@ def build_model(cfg: TrainConfig, data: Data, ranks: Ranks) -> tuple[TextToImage
     return model, data
 
 
-def initial_model(cfg: TrainConfig, captions: list[str]) -> TextToImage:
+def initial_model(cfg: TrainConfig, captions: list[str], strokes: Scaling | None = None) -> TextToImage:
     """A fresh model or the one of --init, with what shall not learn frozen."""
     format = ImageFormat(cfg.size, cfg.channels, cfg.fold)
-    if not cfg.init:
+    if strokes is not None:
+        model = build_stroke_writer(strokes, captions)
+    elif not cfg.init:
         model = build_text_to_image(PRESETS[cfg.preset], format, captions)
     elif (Path(cfg.init) / FILE).exists():
         model = TextToImage.load(cfg.init).train()
@@ -273,7 +292,7 @@ class Batch(NamedTuple):
                       {k: v[r] for k, v in self.inpaint.items()}) for r in rows]
 
 
-def draw(model: TextToImage, indices: Tensor, images: Tensor, captions: list[str], cfg: TrainConfig,
+def draw(model: TextToImage, indices: Tensor, images: Tensor, data: Data, cfg: TrainConfig,
          ranks: Ranks, generator: torch.Generator) -> Batch:
     """All random numbers of a step: for the whole batch, in a fixed order; this process keeps its rows.
 
@@ -287,8 +306,11 @@ def draw(model: TextToImage, indices: Tensor, images: Tensor, captions: list[str
     t = (even * T).long().clamp(max=T - 1)[own]
     noise = torch.randn(B, *model.latent_shape, generator=generator)[own]
     masks = model.draw_masks(B, generator)[own]
-    x0 = model.to_x0(images if jitter is None else affine(images, jitter, flip=cfg.flip))
-    prompts = ["" if drop else captions[i] for i, drop in zip(indices.tolist(), dropped, strict=True)]
+    if jitter is not None:
+        images = (affine(images, jitter, flip=cfg.flip) if data.strokes is None
+                  else affine_tokens(images, jitter, data.strokes))
+    x0 = model.to_x0(images)
+    prompts = ["" if drop else data.captions[i] for i, drop in zip(indices.tolist(), dropped, strict=True)]
     return Batch(x0, prompts, t, noise, model.inpaint_input(indices, masks))
 
 
