@@ -1,4 +1,5 @@
 # make demo     learn calligraphy from 20 pictures and write, in out/calligraphy
+# make demo-strokes   learn to write stroke by stroke, and write into a painting, in out/strokes, out/written, out/paintings
 # make demo-clip   learn which herb is which, in out/herbs, and answer
 # make test     the tests, offline
 # make parity   the tests against diffusers, transformers and open_clip
@@ -20,11 +21,12 @@ endif
 RUN := $(BIN)/python
 DEMO_OUT ?= out/calligraphy
 CLIP_OUT ?= out/herbs
+STROKES_OUT ?= out/strokes
 
 # train and data under these names from any folder: --editable knows the packages only
 ON_PATH = import os, pathlib, sysconfig; pathlib.Path(sysconfig.get_path('purelib'), 'checkout.pth').write_text(os.getcwd())
 
-.PHONY: setup demo demo-clip test parity faults bench clean
+.PHONY: setup demo demo-strokes demo-clip test parity faults bench clean
 
 setup: $(VENV)/base.stamp
 
@@ -51,6 +53,11 @@ demo: $(VENV)/base.stamp
 	$(RUN) -m train.train_diffusion --data data/calligraphy --overwrite --out $(DEMO_OUT)
 	$(RUN) -c "import shutil; shutil.rmtree('$(DEMO_OUT)/written', True)"
 	$(RUN) -m train.sample --run $(DEMO_OUT) --prompt "春 草書" --count 20 --seed 7 --out $(DEMO_OUT)/written
+
+demo-strokes: $(VENV)/base.stamp
+	$(RUN) -m train.train_diffusion --data data/strokes --batch 56 --overwrite --out $(STROKES_OUT)
+	$(RUN) -m train.write --run $(STROKES_OUT) --text 春滿乾坤 --hand 楷書 --seed 7 --out out/written
+	$(RUN) -m train.paint --run $(STROKES_OUT) --text 春滿乾坤 --seal 乾坤 --animate --seed 7 --out out/paintings
 
 demo-clip: $(VENV)/base.stamp
 	$(RUN) -m train.train_clip --data data/herbs --hold-out artist=twitter --overwrite --out $(CLIP_OUT)

@@ -65,7 +65,7 @@ def test_the_tool_keeps_what_passes_and_names_the_rest(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(register, "fit", fit)
     for name, corner in (("a.png", 0), ("b.png", 255)):
-        picture = np.zeros((32, 32), np.uint8)
+        picture = np.zeros((64, 64), np.uint8)
         picture[0, 0] = corner
         Image.fromarray(picture).save(tmp_path / name)
     rows = ["file,character,hand", "a.png,坤,楷書", "b.png,坤,行書", "b.png,坤,草書"]

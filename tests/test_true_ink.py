@@ -57,7 +57,7 @@ def test_the_command(earth: np.ndarray, tmp_path: Path, quick: None, capsys) -> 
 
 
 def test_grey_paper_becomes_none(tmp_path: Path) -> None:
-    picture = np.full((40, 40), 220, np.uint8)
+    picture = np.full((80, 80), 220, np.uint8)
     picture[10:20, 10:30] = 30
     Image.fromarray(picture).save(tmp_path / "a.png")
     ink = true_ink.ink_of(tmp_path / "a.png")
@@ -65,9 +65,9 @@ def test_grey_paper_becomes_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("picture, words", [
-    (np.full((32, 32), 255), "no ink in it"),
-    (np.full((32, 32), 0), "no ink in it"),
-    (np.pad(np.full((28, 28), 0), 2, constant_values=255), "is dark|no ink"),
+    (np.full((64, 64), 255), "no ink in it"),
+    (np.full((64, 64), 0), "no ink in it"),
+    (np.pad(np.full((60, 60), 0), 2, constant_values=255), "is dark|no ink"),
 ])  # fmt: skip
 def test_pictures_without_a_character_are_one_line(picture: np.ndarray, words: str, tmp_path: Path) -> None:
     Image.fromarray(picture.astype(np.uint8)).save(tmp_path / "a.png")

@@ -30,7 +30,7 @@ class EvaluateConfig:
     """The flags of train.evaluate_strokes."""
 
     run: str = flag("out/strokes", "run folder of train.train_diffusion on strokes")
-    data: str = flag("data/strokes", "HAND/CHARACTER.json to compare with; other captions are left out")
+    data: str = flag("data/strokes", "HAND/CHARACTER.json to compare with")
     count: int = flag(160, "how many characters to write, all captions in turn", at_least=1, at_most=100_000)
     guidance: float = flag(1.5, "as in train.sample", at_least=-1000, at_most=1000)
     steps: int = flag(30, "denoising steps", at_least=1, at_most=1000)
@@ -48,20 +48,35 @@ class Scores(NamedTuple):
 
 
 def main(cfg: EvaluateConfig) -> None:
-    """Prints a table. Raises UserError, WeightsError or DataError."""
+    """Prints a table for the captions that training saw and one for those whose character and hand it saw
+    apart. Raises UserError, WeightsError or DataError."""
     check_flags(cfg)
     model = StrokeWriter.load(cfg.run)
     known = {f"{c.char} {c.hand}": c for c in read_strokes(cfg.data)[0]}
-    captions = [caption for caption in model.captions if caption in known]
-    if not captions:
-        raise UserError(f"--data {cfg.data}: holds none of the run's captions")
+    words = {word for caption in model.captions for word in caption.split()}
+    seen = [caption for caption in known if caption in model.captions]
+    unseen = [caption for caption in known if words.issuperset(caption.split()) and caption not in seen]
+    if not seen + unseen:
+        raise UserError(f"--data {cfg.data}: holds no character that the run knows")
+    for captions, what in ((seen, "captions of the run"), (unseen, "captions it never saw")):
+        if captions:
+            print(f"{cfg.count} characters of {len(captions)} {what}, {Path(cfg.run)}")
+            print_scores(evaluate(model, captions, known, cfg))
+
+
+def evaluate(model: StrokeWriter, captions: list[str], known: dict[str, Character],
+             cfg: EvaluateConfig) -> Scores:
+    """Writes the captions in turn and holds them against their models."""
     prompts = [captions[i % len(captions)] for i in range(cfg.count)]
     progress = Progress(cfg.count, unit="character")
     written = model.characters(prompts, cfg.seed, cfg.steps, cfg.guidance, BATCH,
                                lambda done: progress.show(done, ""))
     progress.close()
-    scores = score(written, prompts, known)
-    print(f"{cfg.count} characters of {len(captions)} captions, {Path(cfg.run)}")
+    return score(written, prompts, known)
+
+
+def print_scores(scores: Scores) -> None:
+    """A line each."""
     for name, value in (("stroke count right", scores.count_right), ("order right", scores.order_right),
                         ("distance to the model, median", scores.to_model), ("smallest", scores.nearest),
                         ("distance between seeds, median", scores.by_seed)):
