@@ -50,7 +50,7 @@ $(VENV)/parity.stamp: $(VENV)/test.stamp
 
 # written/ is cleared first: train.sample would number on from the pictures of the last demo
 demo: $(VENV)/base.stamp
-	$(RUN) -m train.train_diffusion --data data/calligraphy --overwrite --out $(DEMO_OUT)
+	$(RUN) -m train.train_diffusion --data data/calligraphy --seed 1 --overwrite --out $(DEMO_OUT)
 	$(RUN) -c "import shutil; shutil.rmtree('$(DEMO_OUT)/written', True)"
 	$(RUN) -m train.sample --run $(DEMO_OUT) --prompt "春 草書" --count 20 --seed 7 --out $(DEMO_OUT)/written
 

@@ -8,6 +8,7 @@ Shapes: S strokes, P points of each.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -76,11 +77,12 @@ def evaluate(model: StrokeWriter, captions: list[str], known: dict[str, Characte
 
 
 def print_scores(scores: Scores) -> None:
-    """A line each."""
+    """A line each; no line for what needs two characters of a caption and has one."""
     for name, value in (("stroke count right", scores.count_right), ("order right", scores.order_right),
                         ("distance to the model, median", scores.to_model), ("smallest", scores.nearest),
                         ("distance between seeds, median", scores.by_seed)):
-        print(f"  {name:32s}{value:7.2%}")
+        if not math.isnan(value):
+            print(f"  {name:32s}{value:7.2%}")
 
 
 def score(written: list[Character], prompts: list[str], known: dict[str, Character]) -> Scores:
