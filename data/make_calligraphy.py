@@ -16,8 +16,9 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -34,6 +35,16 @@ FREQUENCIES = "Unihan_DictionaryLikeData.txt.bz2"
 
 class MakerError(ValueError):
     """Something that a maker of picture sets needs is missing or broken; one line."""
+
+
+def start(main: Callable[[], int], *errors: type[Exception]) -> NoReturn:
+    """Runs a maker; what may go wrong, and `errors`, ends it with one line."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")  # Chinese on any Windows console
+    try:
+        sys.exit(main())
+    except (MakerError, OSError, subprocess.TimeoutExpired, *errors) as error:
+        sys.exit(f"error: {error}")
 
 
 class Font(NamedTuple):
@@ -316,9 +327,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")  # Chinese on any Windows console
-    try:
-        sys.exit(main())
-    except (MakerError, OSError, subprocess.TimeoutExpired) as error:
-        sys.exit(f"error: {error}")
+    start(main)

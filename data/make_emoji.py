@@ -10,12 +10,10 @@ Nothing of it is committed; data/LICENSES.md names the terms.
 import argparse
 import csv
 import json
-import subprocess
-import sys
 import tarfile
 from pathlib import Path, PurePosixPath
 
-from data.make_calligraphy import MakerError, run_client
+from data.make_calligraphy import MakerError, run_client, start
 
 ARTISTS = {"google": "emoji-datasource-google@16.0.0", "twitter": "emoji-datasource-twitter@16.0.0"}
 NAMES = "cldr-annotations-full@48.2.0"
@@ -122,9 +120,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")  # Chinese on any Windows console
-    try:
-        sys.exit(main())
-    except (MakerError, OSError, subprocess.TimeoutExpired) as error:
-        sys.exit(f"error: {error}")
+    start(main)

@@ -9,7 +9,6 @@ import argparse
 import colorsys
 import csv
 import datetime
-import sys
 import time
 from pathlib import Path
 
@@ -17,14 +16,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from data.make_calligraphy import MakerError
+from data.make_calligraphy import MakerError, start
 from miniclip.weights import WeightsError, atomic_write
 from train.data.image import read_whole
-from train.data.strokes import Character, read_kai, write_character
+from train.data.strokes import JOINED, Character, read_kai, write_character
 from train.errors import DataError
 from train.registration import Fit, fit, problems
 
-JOINED = ("草書",)          # hands that write several strokes as one, in an order of their own
 MOST_SIDE = 512             # pixels of a picture; larger ones are made smaller
 LOOK = 768                  # pixels of a picture to look at
 NOTICE = ("Derived from {char}.json of npm hanzi-writer-data 2.0.1, Copyright (C) 1999 Arphic Technology "
@@ -110,9 +108,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")  # Chinese on any Windows console
-    try:
-        sys.exit(main())
-    except (MakerError, DataError, WeightsError, OSError) as error:
-        sys.exit(f"error: {error}")
+    start(main, DataError, WeightsError)

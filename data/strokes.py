@@ -9,11 +9,9 @@ package's orders are wrong; those known to be are left out.
 """
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 
-from data.make_calligraphy import FREQUENCIES, MakerError, common_characters, fetch, find
+from data.make_calligraphy import FREQUENCIES, MakerError, common_characters, fetch, find, start
 from data.make_emoji import archive, members
 from miniclip.weights import atomic_write
 from train.data.strokes import read_outlined
@@ -89,9 +87,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")  # Chinese on any Windows console
-    try:
-        sys.exit(main())
-    except (MakerError, ValueError, OSError, subprocess.TimeoutExpired) as error:
-        sys.exit(f"error: {error}")
+    start(main, ValueError)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,11 @@ import torch
 from PIL import Image
 
 from miniclip.weights import WeightsError
+from tests.test_train_diffusion import fails
 from train import evaluate_strokes, strokes, train_diffusion, write
 from train.data.strokes import Character, Stroke, read_character, write_character
 from train.errors import DataError
 from train.evaluate_strokes import aligned, assignment, in_order, score, warp
-from train.run import cli
 from train.strokes import StrokeWriter, affine_tokens, character_of, lines_of, load_writer, tokens_of
 from train.train_diffusion import TrainConfig
 from train.write import WriteConfig
@@ -39,15 +38,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("strokes") / "run"
     train_diffusion.main(dataclasses.replace(TINY, out=str(out)))
     return out
-
-
-def fails(script: Callable, cfg, capsys: pytest.CaptureFixture) -> str:
-    """The one line on stderr of a script that ends with status 2, without a traceback."""
-    with pytest.raises(SystemExit) as ended:
-        cli.start(lambda: script(cfg))
-    message = capsys.readouterr().err.strip()
-    assert ended.value.code == 2 and message.startswith("error: ") and "\n" not in message
-    return message
 
 
 # ----------------------------------------------------------------------------------------------------- tokens

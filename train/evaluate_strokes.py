@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .data.strokes import Character, Stroke, resample
+from .data.strokes import Character, resample
 from .errors import UserError
 from .run.cli import MAX_SEED, check_flags, flag, parse_flags, start
 from .run.log import Progress
@@ -173,11 +173,6 @@ def warp(a: np.ndarray, b: np.ndarray) -> float:
             k = min(((i - 1, j - 1), (i - 1, j), (i, j - 1)), key=lambda at: total[at])
             total[i, j], length[i, j] = total[k] + away[i - 1, j - 1], length[k] + 1
     return total[-1, -1] / length[-1, -1]
-
-
-def stroke_of(points: np.ndarray, width: float = 0.03) -> Stroke:
-    """A stroke of even width, for tests and controls."""
-    return Stroke(points.astype(np.float32), np.full(len(points), width, np.float32))
 
 
 if __name__ == "__main__":

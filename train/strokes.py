@@ -29,7 +29,7 @@ from minidiff.samplers import DDPMScheduler
 from minidiff.text_to_image import VOCABULARY, ImageFormat, TextToImage
 
 from .brush import write
-from .data.strokes import MAX_STROKES, Character, Stroke, read_character, resample
+from .data.strokes import JOINED, MAX_STROKES, Character, Stroke, read_character, resample
 from .errors import DataError, UserError
 from .run.cli import command
 
@@ -40,7 +40,6 @@ WIDTH, LAYERS, HEADS, TEXT_WIDTH = 128, 4, 4, 64
 LEAST_DEVIATION = 0.03          # of a coefficient: smaller ones are not worth learning to the last bit
 SIDE = 128                      # pixels of a picture of a character
 THINNEST = 0.004                # of a brush, in boxes
-JOINED = ("草書",)              # hands that write several strokes as one: printed kai gives them no order
 LONGEST = 8                     # characters of a text
 
 

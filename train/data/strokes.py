@@ -21,6 +21,7 @@ from miniclip.weights import WeightsError, atomic_write, read_json
 from ..errors import DataError
 
 EM, TOP = 1024, 900         # of hanzi-writer: units to the em, and the height of the box's upper edge
+JOINED = ("草書",)         # hands that write several strokes as one: printed kai gives them no order
 MAX_STROKES = 64            # of a character; 龘 has 51
 MAX_POINTS = 512            # of a stroke
 MAX_PATH = 20_000           # characters of an outline's text
