@@ -1,4 +1,4 @@
-# make demo     learn calligraphy from 20 pictures and write, in out/calligraphy
+# make demo     learn calligraphy from 20 pictures, write it, stroke by stroke and into a painting, in out/calligraphy
 # make demo-strokes   learn to write stroke by stroke, and write into a painting, in out/strokes, out/written, out/paintings
 # make demo-clip   learn which herb is which, in out/herbs, and answer
 # make test     the tests, offline
@@ -48,11 +48,10 @@ $(VENV)/parity.stamp: $(VENV)/test.stamp
 	$(RUN) -m pip install --quiet --editable ".[test,parity]"
 	$(RUN) -c "open('$@', 'w')"
 
-# written/ is cleared first: train.sample would number on from the pictures of the last demo
 demo: $(VENV)/base.stamp
 	$(RUN) -m train.train_diffusion --data data/calligraphy --seed 1 --overwrite --out $(DEMO_OUT)
-	$(RUN) -c "import shutil; shutil.rmtree('$(DEMO_OUT)/written', True)"
-	$(RUN) -m train.sample --run $(DEMO_OUT) --prompt "春 草書" --count 20 --seed 7 --out $(DEMO_OUT)/written
+	$(RUN) -m train.train_upscaler --run $(DEMO_OUT)
+	$(RUN) -m train.gallery --run $(DEMO_OUT)
 
 demo-strokes: $(VENV)/base.stamp
 	$(RUN) -m train.train_diffusion --data data/strokes --batch 56 --overwrite --out $(STROKES_OUT)

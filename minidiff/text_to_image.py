@@ -28,8 +28,10 @@ from miniclip.weights import WeightsError, is_texts, read_json, write_json
 from minidiff.pil import to_pil
 from minidiff.samplers import DDIMScheduler, DDPMScheduler
 from minidiff.unet import UNet2DConditionModel
+from minidiff.upscaler import Upscaler
 
 FILE = "writer.json"        # beside the parts' folders: image format and captions
+UPSCALER = "upscaler"       # a folder among theirs, if there is one
 MAX_SIDE = 4096             # of an image, in pixels: what a stranger's file may ask for
 SEED_STRIDE = 1_000_003     # a prime: image i of seed s draws its noise from seed s * stride + i
 HEAD_WIDTH = 32             # of fresh models, in the UNet and in the text tower
@@ -48,16 +50,18 @@ class TextToImage(nn.Module):
     """`loss = model(x0, prompts, t, noise)` trains; `model.sample(prompts)` draws.
 
     format: of the images; captions: the distinct ones of training, in order,
-    which is what the model has seen.
+    which is what the model has seen. upscaler: doubles what is sampled, where there is one; see
+    train.train_upscaler.
     """
 
     max_batch = 64      # images, at most, that evaluation sends through the UNet together
     masks = 1           # of each image, to choose from; an inpainting model has several
 
     def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer,
-                 scheduler: DDPMScheduler, format: ImageFormat, captions: list[str]):
+                 scheduler: DDPMScheduler, format: ImageFormat, captions: list[str],
+                 upscaler: Upscaler | None = None):
         super().__init__()
-        self.unet, self.text_encoder = unet, text_encoder
+        self.unet, self.text_encoder, self.upscaler = unet, text_encoder, upscaler
         self.tokenizer, self.scheduler, self.format = tokenizer, scheduler, format
         self.captions = captions
 
@@ -71,6 +75,11 @@ class TextToImage(nn.Module):
         """(L, h, w): an image as the UNet sees it."""
         side = self.format.size // self.format.fold
         return self.unet.config.out_channels, side, side
+
+    @property
+    def drawn_size(self) -> int:
+        """Pixels a side of what `sample` draws."""
+        return self.format.size * (1 if self.upscaler is None else 2)
 
     def encode(self, images: Tensor) -> Tensor:
         """[B, C, S, S] in [-1, 1] -> [B, L, h, w]."""
@@ -130,7 +139,7 @@ class TextToImage(nn.Module):
     @torch.no_grad()
     def sample(self, prompts: list[str], seed: int = 0, steps: int = 30, guidance: float = 1.5,
                batch: int = 20, progress: Callable[[int], None] | None = None) -> Tensor:
-        """One image for each prompt, [N, C, S, S] in [-1, 1], on the CPU.
+        """One image for each prompt, [N, C, S, S] in [-1, 1], on the CPU; of twice the side with an upscaler.
 
         guidance: 1 follows the prompt, 0 ignores it, more exaggerates it.
         Image i has its own noise, drawn on the CPU from (seed, i): it does not change with the batch or with
@@ -167,7 +176,8 @@ class TextToImage(nn.Module):
                 free, guided = self.predict(torch.cat([x, x]), t, both).chunk(2)
                 output = free + guidance * (guided - free)      # Ho 2022, eq. 6 with w = guidance - 1
             x = sampler.step(output, t, x, use_clipped_model_output=True).prev_sample
-        return self.decode(x).clamp(-1, 1)
+        images = self.decode(x).clamp(-1, 1)
+        return images if self.upscaler is None else self.upscaler(images)
 
     # ---- prompts
 
@@ -211,6 +221,8 @@ class TextToImage(nn.Module):
         folder = Path(folder)
         for name in ("unet", "text_encoder", "tokenizer", "scheduler"):
             getattr(self, name).save_pretrained(folder / name)
+        if self.upscaler is not None:
+            self.upscaler.save(folder / UPSCALER)
         write_json(folder / FILE, {**self.format._asdict(), "captions": self.captions})
 
     @classmethod
@@ -226,6 +238,8 @@ class TextToImage(nn.Module):
                     CLIPTextModel.from_pretrained(folder / "text_encoder"),
                     CLIPTokenizer.from_pretrained(folder / "tokenizer"),
                     DDPMScheduler.from_pretrained(folder / "scheduler"), format, captions)
+        if (folder / UPSCALER).is_dir():
+            model.upscaler = Upscaler.load(folder / UPSCALER, format.channels)
         channels = model.unet.config.in_channels
         if channels != format.channels * format.fold**2 or format.size % format.fold:
             raise WeightsError(f"{folder / FILE}: {tuple(format)} does not fit a UNet of {channels} channels")

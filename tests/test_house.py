@@ -82,11 +82,12 @@ def test_the_judge_alone_reaches_into_data() -> None:
 
 
 def test_no_script_imports_another() -> None:
+    """But the gallery, which is made of what others leave."""
     scripts = {path.removesuffix(".py").replace("/", ".") for path in FILES if path.startswith("train/")
                and any(isinstance(node, ast.FunctionDef) and node.name == "main"
                        for node in FILES[path].body)}
-    assert len(scripts) == 13
-    for path in FILES:
+    assert len(scripts) == 15
+    for path in set(FILES) - {"train/gallery.py"}:
         for module, names in imports(path, FILES[path]):
             assert not scripts & {module, *(f"{module}.{name}" for name in names)}, path
 
@@ -260,10 +261,11 @@ def test_one_dataset_one_run(tmp_path: Path, tiny_presets) -> None:
 
 
 @pytest.mark.parametrize("name", ["diffusion", "clip"])
-def test_a_run_of_before_goes_on_byte_for_byte(name: str, tmp_path: Path, tiny_presets) -> None:
+def test_a_run_of_before_goes_on_as_it_would_have(name: str, tmp_path: Path, tiny_presets) -> None:
     """Stopped at step 4 of 6 by the code of then; its metrics, had it not been stopped, lie beside it.
 
     But for R@k of the clip run, whose batch norm averaged over more steps then: of these rows the names.
+    To the last digits only on the processor that wrote them: another adds up in another order.
     """
     script = train_diffusion if name == "diffusion" else train_clip
     shutil.copytree(FIXTURES / f"run_{name}", tmp_path / "run")
@@ -272,15 +274,12 @@ def test_a_run_of_before_goes_on_byte_for_byte(name: str, tmp_path: Path, tiny_p
     settings |= {"out": str(tmp_path / "run"), "data": str(ROOT / settings["data"])}
     script.main(script.TrainConfig(**settings, resume=True))
     found = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    exact = torch.__version__.startswith("2.14") and sys.platform == "linux"      # that wrote them
-    rel = 1e-3 if name == "diffusion" else 0.2      # batch norm over four single pixels multiplies rounding
-    for mine, then in zip(found, wanted, strict=True):
-        if name == "clip" and "R@1" in then:
-            assert list(json.loads(mine)) == list(json.loads(then))
-        elif exact:
-            assert mine == then
-        else:
-            assert json.loads(mine) == pytest.approx(json.loads(then), rel=rel)
+    # batch norm over four single pixels multiplies what another torch rounds otherwise
+    rel = 1e-4 if torch.__version__.startswith("2.14") else 1e-3 if name == "diffusion" else 0.2
+    for mine, then in zip(map(json.loads, found), map(json.loads, wanted), strict=True):
+        assert list(mine) == list(then)
+        if not (name == "clip" and any("R@1" in key for key in then)):
+            assert mine == pytest.approx(then, rel=rel)
 
 
 def test_models_of_before_still_answer(tmp_path: Path, monkeypatch) -> None:

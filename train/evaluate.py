@@ -56,7 +56,7 @@ def main(cfg: EvaluateConfig) -> None:
     folder = Path(cfg.run)
     model = TextToImage.load(model_folder(cfg.run)).to(pick_device(cfg.device))
     settings = read_json(folder / "config.json")
-    data = CaptionedImages(cfg.data or settings["data"], size=model.format.size,
+    data = CaptionedImages(cfg.data or settings["data"], size=model.drawn_size,
                            channels=model.format.channels, caption_column=settings["caption_column"])
     parts, results = [], {}
     for measure in (legible, memory, control):

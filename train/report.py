@@ -236,9 +236,9 @@ def notes(rows: Rows) -> str:
 
 
 def picture(path: Path, caption: str) -> str:
-    """A PNG as a figure that carries its bytes."""
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return (f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(caption)}">'
+    """A PNG or GIF as a figure that carries its bytes."""
+    data, kind = base64.b64encode(path.read_bytes()).decode("ascii"), path.suffix[1:]
+    return (f'<figure><img src="data:image/{kind};base64,{data}" alt="{html.escape(caption)}">'
             f"<figcaption>{html.escape(caption)}</figcaption></figure>")
 
 

@@ -252,6 +252,7 @@ def initial_model(cfg: TrainConfig, captions: list[str], strokes: Scaling | None
         model = build_text_to_image(PRESETS[cfg.preset], format, captions)
     elif (Path(cfg.init) / FILE).exists():
         model = TextToImage.load(cfg.init).train()
+        model.upscaler = None                               # learned for the weights that now change
         if model.format != format:
             raise UserError(f"--init {cfg.init}: give --size, --channels and --fold {tuple(model.format)}")
         model.captions = list(dict.fromkeys(captions))
