@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import os
+import stat
 import unicodedata
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from typing import NamedTuple
 from miniclip.weights import WeightsError, atomic_write
 
 from ..errors import DataError
-from .image import SUFFIXES, read_bytes
+from .image import SUFFIXES
 
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
 # columns that train_clip takes for no captions unless they are named
@@ -153,6 +154,21 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 (byte {error.object[error.start]:#04x} at offset {error.start}); "
                         "save it as UTF-8") from None
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """All of a plain file. Raises DataError for anything else, for more than `limit` bytes,
+    and where it cannot be read."""
+    try:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):  # a pipe or a device would block or never end
+            raise DataError(f"{path}: is not a plain file")
+        if info.st_size > limit:
+            raise DataError(f"{path}: {info.st_size} bytes, more than the limit of {limit}")
+        with open(path, "rb") as file:
+            return file.read(limit + 1)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def _locate(root: Path, name: str | None, where: str) -> Path:
