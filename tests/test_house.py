@@ -26,9 +26,9 @@ FILES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="u
 MAY_IMPORT = {"miniclip": {"miniclip"}, "minidiff": {"miniclip", "minidiff"},
               "train": {"miniclip", "minidiff", "train"}, "data": {"data", "miniclip", "train"}}
 HEAVY = {"torchvision", "PIL", "numpy"}             # only where an image is read, in the two packages
-UNET_ALONE = ("miniclip/config.py", "miniclip/output.py", "miniclip/habits.py", "miniclip/weights.py",
-              "minidiff/config.py", "minidiff/habits.py", "minidiff/embeddings.py", "minidiff/resnet.py",
-              "minidiff/attention.py", "minidiff/unet.py")
+UNET_ALONE = ("miniclip/files.py", "miniclip/config.py", "miniclip/output.py", "miniclip/habits.py",
+              "miniclip/weights.py", "minidiff/config.py", "minidiff/habits.py", "minidiff/embeddings.py",
+              "minidiff/resnet.py", "minidiff/attention.py", "minidiff/unet.py")
 
 
 def imports(path: str, tree: ast.AST) -> list[tuple[str, list[str]]]:
@@ -137,6 +137,34 @@ def test_the_architecture_page_names_every_file() -> None:
     assert not [name for name in names if f"`{name}`" not in page]
 
 
+# --------------------------------------------------------------------------- one way in for each kind of file
+
+READERS = ("miniclip/files.py", "miniclip/convert.py")      # of JSON, zips and pickles
+MAY_OPEN = {                # which files may use a module or a function; no other in the project
+    "Image.open": ("miniclip/picture.py",), "json.load": (), "json.loads": READERS, "torch.load": READERS,
+    "zipfile": READERS, "pickle": READERS, "marshal": (), "shelve": (), "np.load": (), "numpy.load": (),
+    "tarfile": ("data/packages.py",), "bz2": ("data/packages.py",),
+    "gzip": ("data/packages.py", "miniclip/tokenizer.py"),
+}
+
+
+def dotted(node: ast.AST) -> str:
+    """a.b.c of an expression, or nothing."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_files_from_outside_are_opened_in_one_place_for_each_kind(path: str) -> None:
+    used = {dotted(node) for node in ast.walk(FILES[path]) if isinstance(node, ast.Attribute)}
+    for module, names in imports(path, FILES[path]):
+        used |= {module, *(f"{module.removeprefix('PIL.')}.{name}" for name in names)}
+    found = {name for name, places in MAY_OPEN.items() if path not in places
+             and any(use == name or use.startswith(f"{name}.") or use.endswith(f".{name}") for use in used)}
+    assert not found, f"{path}: there are open_picture of miniclip.picture, and the readers of miniclip.files"
+
+
 # --------------------------------------------------------------------------------------- copied and installed
 
 
@@ -154,7 +182,7 @@ sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr
 
 
 def test_the_unet_alone(tmp_path: Path) -> None:
-    """The eight files that the README names are all that a forward pass needs, with torch."""
+    """The eleven files that the README names are all that a forward pass needs, with torch."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in UNET_ALONE:
         (tmp_path / name).parent.mkdir(exist_ok=True)

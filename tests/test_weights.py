@@ -20,6 +20,7 @@ from miniclip import (
     CLIPTokenizer,
     SimpleCLIPConfig,
     SimpleCLIPModel,
+    files,
     weights,
 )
 from miniclip.config import Config, ConfigError
@@ -191,7 +192,7 @@ def test_json_that_people_have(tmp_path):
     # a BOM; DPM-Solver's -inf
     (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": -Infinity, "b": 1e-5, "c": null}')
     assert weights.read_json(tmp_path / "a.json") == {"a": float("-inf"), "b": 1e-5, "c": None}
-    (tmp_path / "b.json").write_bytes(b" " * (weights.MAX_JSON_BYTES + 1))
+    (tmp_path / "b.json").write_bytes(b" " * (files.MAX_JSON_BYTES + 1))
     refused(lambda: weights.read_json(tmp_path / "b.json"), "bytes is refused")
 
 
@@ -270,7 +271,7 @@ def test_header_of_a_billion_tensors_costs_neither_time_nor_memory(tmp_path):
     claimed = raw_file(tmp_path / "y.safetensors", b"{" + one % 0, length=60 * 10**9)
     tracemalloc.start()
     began = time.monotonic()
-    refused(lambda: load_file(path), "elements")
+    refused(lambda: load_file(path), "more than 50000 tensors")
     refused(lambda: load_file(claimed), "header length 60000000000")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
