@@ -76,7 +76,7 @@ class BertConfig(Config):
 
     def check(self) -> None:
         """Heads divide the width; the activation is known."""
-        _check(self.hidden_size, self.num_attention_heads, self.hidden_act)
+        _check(self, self.hidden_size, self.num_attention_heads, self.hidden_act)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class DistilBertConfig(Config):
 
     def check(self) -> None:
         """Heads divide the width; the activation is known."""
-        _check(self.dim, self.n_heads, self.activation)
+        _check(self, self.dim, self.n_heads, self.activation)
 
     @property
     def hidden_size(self) -> int:
@@ -114,7 +114,10 @@ class DistilBertConfig(Config):
         return self.dim
 
 
-def _check(width: int, heads: int, act: str) -> None:
+def _check(config: BertConfig | DistilBertConfig, width: int, heads: int, act: str) -> None:
+    if (config.pad_token_id or 0) >= config.vocab_size:
+        raise ConfigError(f"pad_token_id = {config.pad_token_id} is not below vocab_size = "
+                          f"{config.vocab_size}")
     if width % heads:
         raise ConfigError(f"width {width} is not a multiple of the number of heads {heads}")
     if act not in ACTIVATIONS:

@@ -35,7 +35,7 @@ class Range(typing.NamedTuple):
 T = TypeVar("T")
 Count = Annotated[int, Range(1, 4096)]  # channels of pictures, heads, groups
 Width = Annotated[int, Range(1, 65_536)]  # channels inside; 8,192 in the largest models there are
-Layers = Annotated[int, Range(0, 256)]  # 48 in ViT-bigG
+Layers = Annotated[int, Range(1, 256)]  # 48 in ViT-bigG
 Pixels = Annotated[int, Range(1, 65_536)]  # a side of a picture, or of its patches
 Tokens = Annotated[int, Range(1, 1_000_000)]  # of a text
 Vocabulary = Annotated[int, Range(1, 2_000_000)]
@@ -45,7 +45,7 @@ Epsilon = Annotated[float, Range(1e-30, 1)]
 Real = Annotated[float, Range(-1e6, 1e6)]
 Positive = Annotated[float, Range(1e-30, 1e6)]
 Levels = Annotated[tuple[T, ...], Range(1, 16)]  # an entry for each level of a U; 4 in Stable Diffusion
-FourStages = Annotated[tuple[T, ...], Range(4, 4)]  # of a ResNet
+Stages = Annotated[tuple[Annotated[int, Range(1, 64)], ...], Range(4, 4)]  # blocks of a ResNet; 36 in RN50x64
 
 class FrozenDict(dict):
     """A dict that is complete once it is made."""
@@ -405,7 +405,7 @@ class CLIPResNetConfig(Config):
     """OpenAI's CLIP with a ResNet for pictures. Defaults: RN50. No field of it has an upstream JSON name."""
 
     text_config: CLIPTextConfig = field(default_factory=CLIPTextConfig)
-    vision_layers: FourStages[Layers] = (3, 4, 6, 3)  # blocks in each of the four stages
+    vision_layers: Stages = (3, 4, 6, 3)  # blocks in each of the four stages
     vision_width: Width = 64  # channels after the stem; the last stage has 32 times as many
     image_size: Pixels = 224
     projection_dim: Width = 1024  # E

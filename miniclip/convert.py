@@ -227,16 +227,16 @@ def read_archive(path: str | os.PathLike) -> dict[str, Tensor]:
     Raises WeightsError for anything that is not such an archive.
     """
     path = os.fspath(path)
-    try:
-        with open_zip(path) as archive:
+    with open_zip(path) as archive:
+        try:
             root = next(name for name in archive.namelist() if name.count("/") == 1
                         and name.endswith("/data.pkl"))
             tree = _Reader(archive, root.removesuffix("data.pkl")).load()
             found = {name: value for name, value in _walk(tree) if isinstance(value, Tensor)}
-            check_views(found, os.path.getsize(path), path)
-            return found
-    except Exception as error:  # a hostile pickle can raise anything; none of it may pass as something else
-        raise WeightsError(f"{path}: not a readable TorchScript archive: {reason(error)}") from None
+        except Exception as error:  # a hostile pickle can raise anything; none may pass as something else
+            raise WeightsError(f"{path}: not a readable TorchScript archive: {reason(error)}") from None
+    check_views(found, os.path.getsize(path), path)
+    return found
 
 
 def _walk(tree: Any) -> Iterator[tuple[str, Any]]:

@@ -22,11 +22,11 @@ from miniclip.config import (
     CLIPTextConfig,
     Config,
     ConfigError,
-    FourStages,
     Fraction,
-    Layers,
     Real,
+    Stages,
     Width,
+    read_tower,
 )
 from miniclip.files import shown
 from miniclip.loss import contrastive_loss, same_captions
@@ -47,7 +47,7 @@ class SimpleCLIPConfig(Config):
     # of CLIPTextConfig or DistilBertConfig; a dict or the config
     text_config: Any = field(default_factory=dict)
     # ResNet-50; (1, 1, 1, 1) learns a handful of pictures much faster
-    image_layers: FourStages[Layers] = (3, 4, 6, 3)
+    image_layers: Stages = (3, 4, 6, 3)
     image_width: Width = 64
     projection_dim: Width = 256  # E
     dropout: Fraction = 0.1
@@ -63,7 +63,7 @@ class SimpleCLIPConfig(Config):
             raise ConfigError(f"text_encoder = {shown(self.text_encoder)} is not one of {', '.join(kinds)}")
         kind = kinds[self.text_encoder]
         if not isinstance(self.text_config, kind):
-            object.__setattr__(self, "text_config", kind.from_dict(self.text_config or {}, "text_config"))
+            object.__setattr__(self, "text_config", read_tower(kind, self.text_config, None, "text_config"))
 
 
 class ProjectionHead(nn.Module):

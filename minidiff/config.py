@@ -35,7 +35,7 @@ Sides = Pixels | Annotated[tuple[Pixels, ...], Range(2, 2)]     # a square's, or
 Resnets = Annotated[int, Range(1, 64)]      # of a level; 2 in Stable Diffusion
 Depth = Annotated[int, Range(0, 256)]       # transformer blocks after a resnet; 10 in SDXL
 Depths = Depth | Annotated[tuple[Depth, ...], Range(1, 65)]     # at a level, or after each of its resnets
-MOST_BLOCKS = 2_000     # resnets and transformer blocks, were all as deep as the deepest; 176 in SDXL
+MOST_BLOCKS = 1_000     # resnets and transformer blocks, were all as deep as the deepest; 176 in SDXL
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,9 @@ class ScheduleConfig(Config):
         return {**super().to_dict(), **{k: v for k, v in self.given.items() if not hasattr(self, k)}}
 
     def check(self) -> None:
-        """The schedule exists."""
+        """The schedule exists, and its noise does not fall."""
+        if self.beta_start > self.beta_end:
+            raise ConfigError(f"beta_start = {self.beta_start} is above beta_end = {self.beta_end}")
         if self.trained_betas is None and self.beta_schedule not in BETA_SCHEDULES:
             raise ConfigError(f"beta_schedule = {shown(self.beta_schedule)} is not one of "
                               f"{', '.join(BETA_SCHEDULES)}")

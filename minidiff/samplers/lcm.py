@@ -28,8 +28,8 @@ SIGMA_DATA = 0.5  # the data's deviation in the boundary scalings
 class LCMConfig(ScheduleConfig):
     """Fields and defaults of diffusers' LCMScheduler."""
 
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
+    beta_start: Fraction = 0.00085
+    beta_end: Fraction = 0.012
     beta_schedule: str = "scaled_linear"
     original_inference_steps: Steps = 50        # the timesteps that the distillation knew
     clip_sample: bool = False
