@@ -22,7 +22,17 @@ from miniclip.config import (
     CLIPVisionConfig,
     Config,
     ConfigError,
+    Count,
+    Epsilon,
+    Fraction,
+    Layers,
+    Real,
+    TokenId,
+    Tokens,
+    Vocabulary,
+    Width,
 )
+from miniclip.files import shown
 from miniclip.habits import lenient
 from miniclip.model import (
     BaseModelOutputWithPooling,
@@ -39,20 +49,20 @@ from miniclip.model import (
 class BertConfig(Config):
     """A BERT text tower. Defaults: transformers' ChineseCLIPTextConfig, which is BERT-base."""
 
-    vocab_size: int = 30522
-    hidden_size: int = 768  # D
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
+    vocab_size: Vocabulary = 30522
+    hidden_size: Width = 768  # D
+    num_hidden_layers: Layers = 12
+    num_attention_heads: Count = 12
+    intermediate_size: Width = 3072
     hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1  # in training only
-    attention_probs_dropout_prob: float = 0.1
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    initializer_range: float = 0.02
-    initializer_factor: float = 1.0
-    layer_norm_eps: float = 1e-12
-    pad_token_id: int | None = 0
+    hidden_dropout_prob: Fraction = 0.1  # in training only
+    attention_probs_dropout_prob: Fraction = 0.1
+    max_position_embeddings: Tokens = 512
+    type_vocab_size: Count = 2
+    initializer_range: Real = 0.02
+    initializer_factor: Real = 1.0
+    layer_norm_eps: Epsilon = 1e-12
+    pad_token_id: TokenId | None = 0
 
     inert: ClassVar[dict[str, tuple]] = {
         **GENERIC_INERT,
@@ -66,24 +76,24 @@ class BertConfig(Config):
 
     def check(self) -> None:
         """Heads divide the width; the activation is known."""
-        _check(self.hidden_size, self.num_attention_heads, self.hidden_act)
+        _check(self, self.hidden_size, self.num_attention_heads, self.hidden_act)
 
 
 @dataclass(frozen=True)
 class DistilBertConfig(Config):
     """A DistilBERT text tower; its JSON names differ from BERT's."""
 
-    vocab_size: int = 30522
-    max_position_embeddings: int = 512
-    n_layers: int = 6
-    n_heads: int = 12
-    dim: int = 768  # D
-    hidden_dim: int = 3072
-    dropout: float = 0.1  # in training only
-    attention_dropout: float = 0.1
+    vocab_size: Vocabulary = 30522
+    max_position_embeddings: Tokens = 512
+    n_layers: Layers = 6
+    n_heads: Count = 12
+    dim: Width = 768  # D
+    hidden_dim: Width = 3072
+    dropout: Fraction = 0.1  # in training only
+    attention_dropout: Fraction = 0.1
     activation: str = "gelu"
-    initializer_range: float = 0.02
-    pad_token_id: int | None = 0
+    initializer_range: Real = 0.02
+    pad_token_id: TokenId | None = 0
 
     inert: ClassVar[dict[str, tuple]] = {
         **GENERIC_INERT,
@@ -96,7 +106,7 @@ class DistilBertConfig(Config):
 
     def check(self) -> None:
         """Heads divide the width; the activation is known."""
-        _check(self.dim, self.n_heads, self.activation)
+        _check(self, self.dim, self.n_heads, self.activation)
 
     @property
     def hidden_size(self) -> int:
@@ -104,11 +114,14 @@ class DistilBertConfig(Config):
         return self.dim
 
 
-def _check(width: int, heads: int, act: str) -> None:
+def _check(config: BertConfig | DistilBertConfig, width: int, heads: int, act: str) -> None:
+    if (config.pad_token_id or 0) >= config.vocab_size:
+        raise ConfigError(f"pad_token_id = {config.pad_token_id} is not below vocab_size = "
+                          f"{config.vocab_size}")
     if width % heads:
         raise ConfigError(f"width {width} is not a multiple of the number of heads {heads}")
     if act not in ACTIVATIONS:
-        raise ConfigError(f"activation {act!r} is not one of {', '.join(ACTIVATIONS)}")
+        raise ConfigError(f"activation {shown(act)} is not one of {', '.join(ACTIVATIONS)}")
 
 
 @lenient

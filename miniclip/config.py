@@ -1,6 +1,8 @@
 """Configs: frozen dataclasses whose field names are the JSON names of upstream's config files.
 
-Read first; then model.py. `Config` is the ground that minidiff's configs stand on as well.
+Read after files.py; then model.py. `Config` is the ground that minidiff's configs stand on as well.
+A field's type says what its numbers may be (`hidden_size: Width`): what real models need, times a margin, so
+that no config, whoever wrote it, asks for more time or memory than a model is worth.
 Paper: Radford et al. 2021 (CLIP), tables 19 and 20 list the sizes of the published models.
 Mirrors: transformers' CLIPTextConfig, CLIPVisionConfig, CLIPConfig; diffusers' ConfigMixin.
 Shapes: none here.
@@ -9,17 +11,41 @@ Shapes: none here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
+from miniclip.files import shown
 from miniclip.habits import ConfigHabits, lenient
 
 
 class ConfigError(ValueError):
     """A config that cannot be honoured; the one-line message names the source, the field and the value."""
 
+
+class Range(typing.NamedTuple):
+    """From the least to the most, both allowed: a number's value or a tuple's length. NaN never fits."""
+
+    least: float
+    most: float
+
+
+T = TypeVar("T")
+Count = Annotated[int, Range(1, 4096)]  # channels of pictures, heads, groups
+Width = Annotated[int, Range(1, 65_536)]  # channels inside; 8,192 in the largest models there are
+Layers = Annotated[int, Range(1, 256)]  # 48 in ViT-bigG
+Pixels = Annotated[int, Range(1, 65_536)]  # a side of a picture, or of its patches
+Tokens = Annotated[int, Range(1, 1_000_000)]  # of a text
+Vocabulary = Annotated[int, Range(1, 2_000_000)]
+TokenId = Annotated[int, Range(-1, 2_000_000)]
+Fraction = Annotated[float, Range(0, 1)]  # dropout, betas
+Epsilon = Annotated[float, Range(1e-30, 1)]
+Real = Annotated[float, Range(-1e6, 1e6)]
+Positive = Annotated[float, Range(1e-30, 1e6)]
+Levels = Annotated[tuple[T, ...], Range(1, 16)]  # an entry for each level of a U; 4 in Stable Diffusion
+Stages = Annotated[tuple[Annotated[int, Range(1, 64)], ...], Range(4, 4)]  # blocks of a ResNet; 36 in RN50x64
 
 class FrozenDict(dict):
     """A dict that is complete once it is made."""
@@ -44,6 +70,9 @@ class Config(FrozenDict):
     metadata: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
+        for name, hint in hints_of(type(self)).items():
+            if hasattr(self, name) and (wrong := _outside(getattr(self, name), hint)):
+                raise ConfigError(f"{name} = {shown(getattr(self, name))}{wrong}")
         self.check()
         dict.update(self, {f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
 
@@ -78,22 +107,23 @@ class Config(FrozenDict):
     def sort_fields(cls, values: dict[str, Any], source: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Checks a JSON object as from_dict does; returns its fields, lists as tuples, and its metadata."""
         known = {f.name: f for f in dataclasses.fields(cls)}
-        hints = typing.get_type_hints(cls)
+        hints = hints_of(cls)
         chosen, aside = {}, {}
         for name, value in values.items():
             if name in known:
                 value = known[name].default if value is None and hints[name] is bool else _tuples(value)
                 if not _fits(value, hints[name]):
-                    raise ConfigError(f"{source}: {name} = {value!r} is not of type {_name(hints[name])}")
+                    raise ConfigError(f"{source}: {name} = {shown(value)} is not of type "
+                                      f"{_name(hints[name])}")
                 chosen[name] = value
             elif name in cls.inert:
                 if not any(value is v or (value == v and type(value) is type(v)) for v in cls.inert[name]):
-                    raise ConfigError(f"{source}: {name} = {value!r} is not supported, only "
+                    raise ConfigError(f"{source}: {name} = {shown(value)} is not supported, only "
                                       f"{cls.inert[name]}")
             elif name.startswith("_") or name in cls.metadata:
                 aside[name] = value
             else:
-                raise ConfigError(f"{source}: unknown field {name!r}; {cls.__name__} knows "
+                raise ConfigError(f"{source}: unknown field {shown(name)}; {cls.__name__} knows "
                                   f"{', '.join(known)}")
         return chosen, aside
 
@@ -122,11 +152,20 @@ def _lists(value: Any) -> Any:
     return [_lists(v) for v in value] if isinstance(value, tuple) else value
 
 
+@functools.cache
+def hints_of(kind: type) -> dict[str, Any]:
+    """The type of each field of a dataclass, its range included."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+
+
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a JSON value is of a field's declared type; an int passes for a float, a bool for neither."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
+    if origin is Annotated:
+        return _fits(value, args[0])
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, arg) for arg in args)
     if origin is tuple:
@@ -141,7 +180,30 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
+def _outside(value: Any, hint: Any) -> str:
+    """What is wrong with a number, or with a tuple's length or entries, by the ranges of its type; "" if
+    nothing is, and for values of other types."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return next((_outside(value, arg) for arg in args if _fits(value, arg)), "")
+    if origin is tuple and isinstance(value, tuple):
+        return next((wrong for entry in value if (wrong := _outside(entry, args[0]))), "")
+    if origin is not Annotated or not _fits(value, args[0]):
+        return ""
+    (least, most), a_tuple = args[1], isinstance(value, tuple)
+    if not least <= (len(value) if a_tuple else value) <= most:
+        return f" must {'have' if a_tuple else 'lie in'} {least:g} .. {most:.10g}{' entries' * a_tuple}"
+    return _outside(value, args[0])
+
+
 def _name(hint: Any) -> str:
+    """A type as Python writes it, without its ranges."""
+    if typing.get_origin(hint) is Annotated:
+        return _name(typing.get_args(hint)[0])
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " | ".join(_name(arg) for arg in typing.get_args(hint)).replace("NoneType", "None")
+    if typing.get_origin(hint) is tuple:
+        return f"tuple[{_name(typing.get_args(hint)[0])}, ...]"
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
@@ -188,22 +250,22 @@ class CLIPTextConfig(ModelConfig):
     """The text tower. Defaults: OpenAI's ViT-B/32. `from_dict` also takes the config of a whole CLIP
     model."""
 
-    vocab_size: int = 49408
-    hidden_size: int = 512  # D, width of the residual stream
-    intermediate_size: int = 2048  # width inside the MLP, 4 D in every released model
-    projection_dim: int | None = 512  # E, width of the space shared with pictures
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 8
-    max_position_embeddings: int = 77  # most tokens of a text
+    vocab_size: Vocabulary = 49408
+    hidden_size: Width = 512  # D, width of the residual stream
+    intermediate_size: Width = 2048  # width inside the MLP, 4 D in every released model
+    projection_dim: Width | None = 512  # E, width of the space shared with pictures
+    num_hidden_layers: Layers = 12
+    num_attention_heads: Count = 8
+    max_position_embeddings: Tokens = 77  # most tokens of a text
     hidden_act: str = "quick_gelu"  # "gelu" in OpenCLIP's own models; a wrong one fails silently
-    layer_norm_eps: float = 1e-5
-    attention_dropout: float = 0.0  # in training only
-    initializer_range: float = 0.02
-    initializer_factor: float = 1.0
+    layer_norm_eps: Epsilon = 1e-5
+    attention_dropout: Fraction = 0.0  # in training only
+    initializer_range: Real = 0.02
+    initializer_factor: Real = 1.0
     # upstream's default, not the tokenizer's pad (49407); the tower never reads it
-    pad_token_id: int | None = 1
-    bos_token_id: int | None = 49406
-    eos_token_id: int | None = 49407  # 2 selects the old pooling rule: position of the largest id
+    pad_token_id: TokenId | None = 1
+    bos_token_id: TokenId | None = 49406
+    eos_token_id: TokenId | None = 49407  # 2 selects the old pooling rule: position of the largest id
 
     model_type: ClassVar[str] = "clip_text_model"
     inert: ClassVar[dict[str, tuple]] = {**GENERIC_INERT, "model_type": ("clip_text_model", "clip")}
@@ -239,19 +301,19 @@ class CLIPVisionConfig(ModelConfig):
     """The picture tower, a ViT. Defaults: ViT-B/32. `from_dict` also takes the config of a whole CLIP
     model."""
 
-    hidden_size: int = 768  # D
-    intermediate_size: int = 3072
-    projection_dim: int | None = 512  # E
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_channels: int = 3
-    image_size: int = 224  # height and width in pixels
-    patch_size: int = 32  # pixels
+    hidden_size: Width = 768  # D
+    intermediate_size: Width = 3072
+    projection_dim: Width | None = 512  # E
+    num_hidden_layers: Layers = 12
+    num_attention_heads: Count = 12
+    num_channels: Count = 3
+    image_size: Pixels = 224  # height and width in pixels
+    patch_size: Pixels = 32  # pixels
     hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    attention_dropout: float = 0.0
-    initializer_range: float = 0.02
-    initializer_factor: float = 1.0
+    layer_norm_eps: Epsilon = 1e-5
+    attention_dropout: Fraction = 0.0
+    initializer_range: Real = 0.02
+    initializer_factor: Real = 1.0
 
     model_type: ClassVar[str] = "clip_vision_model"
     inert: ClassVar[dict[str, tuple]] = {**GENERIC_INERT, "model_type": ("clip_vision_model", "clip")}
@@ -267,7 +329,7 @@ class CLIPVisionConfig(ModelConfig):
     def check(self) -> None:
         """Heads divide the width; the activation is known."""
         _check_tower(self)
-        if not 0 < self.patch_size <= self.image_size:
+        if self.patch_size > self.image_size:
             raise ConfigError(f"patch_size = {self.patch_size} does not fit into image_size = "
                               f"{self.image_size}")
 
@@ -279,9 +341,9 @@ class CLIPConfig(ModelConfig):
 
     text_config: CLIPTextConfig = field(default_factory=CLIPTextConfig)
     vision_config: CLIPVisionConfig = field(default_factory=CLIPVisionConfig)
-    projection_dim: int = 512  # E; this one counts, not the towers' own
-    logit_scale_init_value: float = 2.6592  # log of the inverse temperature; ln(1 / 0.07) rounded by upstream
-    initializer_factor: float = 1.0
+    projection_dim: Width = 512  # E; this one counts, not the towers' own
+    logit_scale_init_value: Real = 2.6592  # log of the inverse temperature; ln(1 / 0.07) rounded by upstream
+    initializer_factor: Real = 1.0
 
     model_type: ClassVar[str] = "clip"
     inert: ClassVar[dict[str, tuple]] = {**GENERIC_INERT, "model_type": ("clip",)}
@@ -321,7 +383,7 @@ def read_tower(kind: type, values: Any, legacy: Any, source: str) -> Config:
     as upstream has it."""
     for given in (values, legacy):
         if not isinstance(given, (dict, kind, type(None))):
-            raise ConfigError(f"{source} = {given!r} is not an object")
+            raise ConfigError(f"{source} = {shown(given)} is not an object")
     if isinstance(values, kind) and legacy is None:
         return values
     read = dict(values or {})
@@ -332,10 +394,10 @@ def read_tower(kind: type, values: Any, legacy: Any, source: str) -> Config:
 
 def _check_tower(config: Config) -> None:
     width, heads = config.hidden_size, config.num_attention_heads
-    if width < 1 or heads < 1 or width % heads:
+    if width % heads:
         raise ConfigError(f"hidden_size = {width} is not a multiple of num_attention_heads = {heads}")
     if config.hidden_act not in ACTIVATIONS:
-        raise ConfigError(f"hidden_act = {config.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}")
+        raise ConfigError(f"hidden_act = {shown(config.hidden_act)} is not one of {', '.join(ACTIVATIONS)}")
 
 
 @dataclass(frozen=True)
@@ -343,11 +405,11 @@ class CLIPResNetConfig(Config):
     """OpenAI's CLIP with a ResNet for pictures. Defaults: RN50. No field of it has an upstream JSON name."""
 
     text_config: CLIPTextConfig = field(default_factory=CLIPTextConfig)
-    vision_layers: tuple[int, ...] = (3, 4, 6, 3)  # blocks in each of the four stages
-    vision_width: int = 64  # channels after the stem; the last stage has 32 times as many
-    image_size: int = 224
-    projection_dim: int = 1024  # E
-    logit_scale_init_value: float = 2.6592
+    vision_layers: Stages = (3, 4, 6, 3)  # blocks in each of the four stages
+    vision_width: Width = 64  # channels after the stem; the last stage has 32 times as many
+    image_size: Pixels = 224
+    projection_dim: Width = 1024  # E
+    logit_scale_init_value: Real = 2.6592
 
     inert: ClassVar[dict[str, tuple]] = {"model_type": ("clip_resnet",)}
     metadata: ClassVar[frozenset[str]] = GENERIC_METADATA
@@ -357,7 +419,7 @@ class CLIPResNetConfig(Config):
         if not isinstance(self.text_config, CLIPTextConfig):
             object.__setattr__(self, "text_config",
                                CLIPTextConfig.from_dict(self.text_config or {}, "text_config"))
-        if self.image_size % 32 or self.image_size < 32:
+        if self.image_size % 32:
             raise ConfigError(f"image_size = {self.image_size} is not a multiple of 32, by which this ResNet "
                               "shrinks")
 

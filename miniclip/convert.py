@@ -17,6 +17,7 @@ import pickle
 import re
 import sys
 import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 
 from miniclip.bert import ChineseCLIPModel, DistilBertConfig
 from miniclip.command import run
-from miniclip.config import CLIPConfig, CLIPResNetConfig, CLIPTextConfig, CLIPVisionConfig
+from miniclip.config import CLIPConfig, CLIPResNetConfig, CLIPTextConfig, CLIPVisionConfig, ConfigError
+from miniclip.files import LOCAL_ONLY, WeightsError, is_zip, open_zip, read_json, reason, shown
 from miniclip.model import (
     CLIPModel,
     CLIPTextModel,
@@ -34,7 +36,15 @@ from miniclip.model import (
 )
 from miniclip.resnet import CLIPResNetModel
 from miniclip.simple import SimpleCLIPConfig, SimpleCLIPModel
-from miniclip.weights import LOCAL_ONLY, WeightsError, load_file, load_pickle, load_strict, read_json
+from miniclip.weights import (
+    MAX_TENSORS,
+    check_views,
+    class_named,
+    listed,
+    load_file,
+    load_pickle,
+    load_strict,
+)
 
 # What neither the tensors nor their shapes tell: how wide a head is. The rest is checked against the file.
 # name: E, picture (n, p, D, L, head width), text (D, L, heads)
@@ -94,18 +104,22 @@ NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "
 # ------------------------------------------------------------------------------------------------- key tables
 
 
-def from_openai(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def from_openai(state_dict: dict[str, Tensor], source: str = "checkpoint") -> dict[str, Tensor]:
     """OpenAI's or OpenCLIP's ViT keys -> ours; either tower may be missing.
-    q, k and v are cut out of in_proj."""
+    q, k and v are cut out of in_proj. Raises WeightsError for tensors that cannot be cut or turned."""
     converted = {}
     for key, tensor in state_dict.items():
         if key.rsplit(".", 1)[-1] in NO_WEIGHTS:
             continue
         name = _renamed(key, OUTSIDE, INSIDE)
         if ".attn.in_proj_" in name:
-            before, kind = name.split(".attn.in_proj_")
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+            before, _, kind = name.partition(".attn.in_proj_")
+            if tensor.ndim == 0 or len(tensor) % 3:
+                raise WeightsError(f"{source}: {shown(key)} {list(tensor.shape)} cannot be cut into q, k, v")
+            for letter, part in zip("qkv", tensor.tensor_split(3), strict=True):
                 converted[f"{before}.self_attn.{letter}_proj.{kind}"] = part
+        elif key in TRANSPOSED and tensor.ndim != 2:
+            raise WeightsError(f"{source}: {key} {list(tensor.shape)} is no matrix")
         else:
             converted[name] = tensor.T if key in TRANSPOSED else tensor
     return {name: tensor.contiguous() for name, tensor in converted.items()}
@@ -153,9 +167,12 @@ class _Module:
         self.values = state if isinstance(state, dict) else {}
 
 
-class _Reader(pickle.Unpickler):
+class _Reader(pickle._Unpickler):
     """Unpickles the module tree of a TorchScript archive.
-    It can make modules, tensors and lists, nothing else."""
+    It can make modules, tensors and lists, nothing else.
+
+    Python's own reader, not the one in C, which takes 16 bytes of memory for each number that a "put" skips.
+    """
 
     def __init__(self, archive: zipfile.ZipFile, root: str):
         super().__init__(archive.open(root + "data.pkl"))
@@ -175,14 +192,15 @@ class _Reader(pickle.Unpickler):
             return lambda value, *rest: value
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
-        raise WeightsError(f"the archive asks for {module}.{name}, which a checkpoint has no use for")
+        raise WeightsError(f"the archive asks for {shown(f'{module}.{name}')}, which a checkpoint has no use "
+                           "for")
 
     def persistent_load(self, pid: Any) -> Tensor:
         """("storage", dtype, key, device, count) -> a flat tensor;
         the device it was saved on does not matter."""
         kind, dtype, key, _, count = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not re.fullmatch(r"\d+", key):
-            raise WeightsError(f"the archive names a storage {pid!r}")
+            raise WeightsError(f"the archive names a storage {shown(pid)}")
         if key not in self.storages:
             raw = bytearray(self.archive.read(f"{self.root}data/{key}"))
             if len(raw) != count * dtype.itemsize:
@@ -209,29 +227,34 @@ def read_archive(path: str | os.PathLike) -> dict[str, Tensor]:
     Raises WeightsError for anything that is not such an archive.
     """
     path = os.fspath(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path) + 2**20:
-                raise WeightsError("the archive claims to hold more than its own size")
+    with open_zip(path) as archive:
+        try:
             root = next(name for name in archive.namelist() if name.count("/") == 1
                         and name.endswith("/data.pkl"))
             tree = _Reader(archive, root.removesuffix("data.pkl")).load()
-        found: dict[str, Tensor] = {}
-        _collect(tree, "", found, 0)
-        return found
-    except Exception as error:  # a hostile pickle can raise anything; none of it may pass as something else
-        reason = str(error).split("\n")[0][:200] or type(error).__name__
-        raise WeightsError(f"{path}: not a readable TorchScript archive: {reason}") from None
+            found = {name: value for name, value in _walk(tree) if isinstance(value, Tensor)}
+        except Exception as error:  # a hostile pickle can raise anything; none may pass as something else
+            raise WeightsError(f"{path}: not a readable TorchScript archive: {reason(error)}") from None
+    check_views(found, os.path.getsize(path), path)
+    return found
 
 
-def _collect(module: Any, prefix: str, found: dict[str, Tensor], depth: int) -> None:
-    if not isinstance(module, _Module) or depth > 20:
-        raise WeightsError("the archive holds no tree of modules")
-    for name, value in module.values.items():
-        if isinstance(value, Tensor):
-            found[prefix + name] = value
-        elif isinstance(value, _Module):
-            _collect(value, f"{prefix}{name}.", found, depth + 1)
+def _walk(tree: Any) -> Iterator[tuple[str, Any]]:
+    """(name, value) of each attribute of each module, in order. A module may stand in several places, so
+    what a small file may name is bounded."""
+
+    def walk(module: Any, prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
+        if not isinstance(module, _Module) or depth > 20 or len(prefix) > 1000:
+            raise WeightsError("the archive holds no tree of modules")
+        for name, value in module.values.items():
+            yield prefix + name, value
+            if isinstance(value, _Module):
+                yield from walk(value, f"{prefix}{name}.", depth + 1)
+
+    for count, entry in enumerate(walk(tree, "", 0)):
+        if count > MAX_TENSORS:
+            raise WeightsError(f"the archive's modules name more than {MAX_TENSORS} tensors and modules")
+        yield entry
 
 
 def read_any(path: str | os.PathLike) -> tuple[dict[str, Tensor], bool]:
@@ -241,8 +264,8 @@ def read_any(path: str | os.PathLike) -> tuple[dict[str, Tensor], bool]:
         raise WeightsError(f"{path}: no such file or folder; {LOCAL_ONLY}")
     if path.endswith(".safetensors"):
         return _unwrapped(load_file(path)), False
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
+    if is_zip(path):
+        with open_zip(path) as archive:
             scripted = any(re.fullmatch(r"[^/]+/constants\.pkl", name) for name in archive.namelist())
         if scripted:
             return read_archive(path), True
@@ -275,17 +298,18 @@ def load(path: str | os.PathLike, name: str | None = None) -> nn.Module:
         return _load_folder(path)
     state_dict, archive = read_any(path)
     if "image_encoder.model.conv1.weight" in state_dict:
-        return _filled(SimpleCLIPModel, simple_config(state_dict), state_dict, path)
+        return _filled(SimpleCLIPModel, simple_config(state_dict, path), state_dict, path)
     if "vision_model.embeddings.class_embedding" in state_dict:
         return _filled(CLIPModel, clip_config(to_openai(state_dict), name, archive, path), state_dict, path)
     if "visual.layer1.0.conv1.weight" in state_dict:
         config = resnet_config(state_dict, name, archive, path)
-        text = from_openai({k: v for k, v in state_dict.items() if not k.startswith("visual.")})
+        text = from_openai({k: v for k, v in state_dict.items() if not k.startswith("visual.")}, path)
         visual = {k: v for k, v in state_dict.items() if k.startswith("visual.")
                   and k != "visual.input_resolution"}
         return _filled(CLIPResNetModel, config, {**text, **visual}, path)
     if "visual.class_embedding" in state_dict and "token_embedding.weight" in state_dict:
-        return _filled(CLIPModel, clip_config(state_dict, name, archive, path), from_openai(state_dict), path)
+        config = clip_config(state_dict, name, archive, path)
+        return _filled(CLIPModel, config, from_openai(state_dict, path), path)
     wanted = {
         "OpenAI or OpenCLIP ViT": "visual.class_embedding",
         "OpenAI or OpenCLIP ResNet": "visual.layer1.0.conv1.weight",
@@ -293,9 +317,8 @@ def load(path: str | os.PathLike, name: str | None = None) -> nn.Module:
         "the tutorial": "image_encoder.model.conv1.weight",
     }  # fmt: skip
     looked = ", ".join(f"{key} ({family})" for family, key in wanted.items())
-    first = ", ".join(list(state_dict)[:3])
     raise WeightsError(f"{path}: family not known; looked for {looked}; the {len(state_dict)} tensors begin "
-                       f"{first}")
+                       f"{listed(list(state_dict)[:3])}")
 
 
 def _filled(kind: type, config: Any, state_dict: dict[str, Tensor], source: str) -> nn.Module:
@@ -316,10 +339,10 @@ FOLDERS = {
 def _load_folder(folder: str) -> nn.Module:
     """By "architectures" of config.json where it names one of our classes, else by model_type."""
     values = read_json(os.path.join(folder, "config.json"))
-    architectures = values.get("architectures") or [None]
-    kind = FOLDERS.get(architectures[0]) or FOLDERS.get(values.get("model_type"))
+    kind = FOLDERS.get(class_named(values)) or FOLDERS.get(str(values.get("model_type")))
     if kind is None:
-        said = f"model_type {values.get('model_type')!r}, architectures {architectures!r}"
+        said = (f"model_type {shown(values.get('model_type'))}, architectures "
+                f"{shown(values.get('architectures'))}")
         raise WeightsError(f"{folder}: config.json says {said}; known are {', '.join(FOLDERS)}")
     return kind.from_pretrained(folder)
 
@@ -337,14 +360,28 @@ def _named(name: str | None, archive: bool, table: dict, source: str) -> tuple[t
         )
     base = name.removesuffix("-quickgelu")
     if base not in table:
-        raise WeightsError(f"{source}: name {name!r} is not one of {known}, each with or without -quickgelu")
+        raise WeightsError(f"{source}: name {shown(name)} is not one of {known}, each with or without "
+                           "-quickgelu")
     return table[base], "quick_gelu" if archive or base != name else "gelu"
 
 
-def _shape(state_dict: dict[str, Tensor], key: str, source: str) -> torch.Size:
-    if key not in state_dict:
-        raise WeightsError(f"{source}: tensor {key} is missing")
-    return state_dict[key].shape
+def size(state_dict: dict[str, Tensor], name: str, axis: int, source: str) -> int:
+    """One side of a tensor, from which a config is read."""
+    if name not in state_dict:
+        raise WeightsError(f"{source}: tensor {name} is missing, so its config cannot be derived")
+    shape = list(state_dict[name].shape)
+    if axis >= len(shape) or shape[axis] < 1:
+        raise WeightsError(f"{source}: the tensor {name} has the shape {shape}, so its config cannot be "
+                           "derived")
+    return shape[axis]
+
+
+def made(kind: type, fields: dict[str, Any], source: str) -> Any:
+    """A config read off a file's shapes; its errors name the file."""
+    try:
+        return kind(**fields)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
 
 
 def _layers(state_dict: dict[str, Tensor], prefix: str) -> int:
@@ -353,15 +390,15 @@ def _layers(state_dict: dict[str, Tensor], prefix: str) -> int:
 
 def _text_config(state_dict: dict[str, Tensor], heads: int | None, act: str, source: str) -> CLIPTextConfig:
     """The text tower's config from OpenAI keys. The end token is the last id, as in OpenAI's vocabulary."""
-    vocab, D = _shape(state_dict, "token_embedding.weight", source)
-    inner = _shape(state_dict, "transformer.resblocks.0.mlp.c_fc.weight", source)[0]
-    return CLIPTextConfig(
-        vocab_size=vocab, hidden_size=D, intermediate_size=inner, num_attention_heads=heads or D // 64,
-        num_hidden_layers=_layers(state_dict, "transformer.resblocks."), hidden_act=act,
-        max_position_embeddings=_shape(state_dict, "positional_embedding", source)[0],
-        projection_dim=_shape(state_dict, "text_projection", source)[1],
+    vocab, D = (size(state_dict, "token_embedding.weight", axis, source) for axis in (0, 1))
+    return made(CLIPTextConfig, dict(
+        vocab_size=vocab, hidden_size=D, num_attention_heads=heads or max(D // 64, 1), hidden_act=act,
+        intermediate_size=size(state_dict, "transformer.resblocks.0.mlp.c_fc.weight", 0, source),
+        num_hidden_layers=_layers(state_dict, "transformer.resblocks."),
+        max_position_embeddings=size(state_dict, "positional_embedding", 0, source),
+        projection_dim=size(state_dict, "text_projection", 1, source),
         bos_token_id=vocab - 2, eos_token_id=vocab - 1,
-    )  # fmt: skip
+    ), source)  # fmt: skip
 
 
 def _agree(name: str | None, stated: tuple, read: tuple, source: str) -> None:
@@ -372,20 +409,19 @@ def _agree(name: str | None, stated: tuple, read: tuple, source: str) -> None:
 def clip_config(state_dict: dict[str, Tensor], name: str | None, archive: bool, source: str) -> CLIPConfig:
     """The config of a ViT model from its OpenAI keys and, for head widths and activation, its name."""
     row, act = _named(name, archive, VIT, source)
-    D, channels, p, _ = _shape(state_dict, "visual.conv1.weight", source)
-    n = p * math.isqrt(_shape(state_dict, "visual.positional_embedding", source)[0] - 1)
-    L, E = _layers(state_dict, "visual.transformer.resblocks."), _shape(state_dict, "visual.proj", source)[1]
+    D, channels, p = (size(state_dict, "visual.conv1.weight", axis, source) for axis in (0, 1, 2))
+    n = p * math.isqrt(size(state_dict, "visual.positional_embedding", 0, source) - 1)
+    L, E = _layers(state_dict, "visual.transformer.resblocks."), size(state_dict, "visual.proj", 1, source)
     text = _text_config(state_dict, row and row[2][2], act, source)
     if row:
         read = (E, (n, p, D, L), (text.hidden_size, text.num_hidden_layers))
         _agree(name, (row[0], row[1][:4], row[2][:2]), read, source)
-    vision = CLIPVisionConfig(
+    vision = made(CLIPVisionConfig, dict(
         hidden_size=D, num_channels=channels, patch_size=p, image_size=n, num_hidden_layers=L,
-        projection_dim=E,
-        intermediate_size=_shape(state_dict, "visual.transformer.resblocks.0.mlp.c_fc.weight", source)[0],
-        num_attention_heads=D // (row[1][4] if row else 64), hidden_act=act,
-    )  # fmt: skip
-    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=E)
+        projection_dim=E, hidden_act=act, num_attention_heads=max(D // (row[1][4] if row else 64), 1),
+        intermediate_size=size(state_dict, "visual.transformer.resblocks.0.mlp.c_fc.weight", 0, source),
+    ), source)  # fmt: skip
+    return made(CLIPConfig, dict(text_config=text, vision_config=vision, projection_dim=E), source)
 
 
 def resnet_config(state_dict: dict[str, Tensor], name: str | None, archive: bool,
@@ -395,33 +431,32 @@ def resnet_config(state_dict: dict[str, Tensor], name: str | None, archive: bool
     row, act = _named(name, archive, RESNET, source)
     text = _text_config(state_dict, row and row[2][2], act, source)
     stages = tuple(_layers(state_dict, f"visual.layer{i}.") for i in (1, 2, 3, 4))
-    w = _shape(state_dict, "visual.layer1.0.conv1.weight", source)[0]
-    n = 32 * math.isqrt(_shape(state_dict, "visual.attnpool.positional_embedding", source)[0] - 1)
+    w = size(state_dict, "visual.layer1.0.conv1.weight", 0, source)
+    n = 32 * math.isqrt(size(state_dict, "visual.attnpool.positional_embedding", 0, source) - 1)
     if row:
         read = (text.projection_dim, (n, w, stages), (text.hidden_size, text.num_hidden_layers))
         _agree(name, (row[0], row[1], row[2][:2]), read, source)
-    return CLIPResNetConfig(
-        text_config=text, vision_layers=stages, vision_width=w, image_size=n,
-        projection_dim=text.projection_dim
-    )
+    return made(CLIPResNetConfig, dict(text_config=text, vision_layers=stages, vision_width=w, image_size=n,
+                                       projection_dim=text.projection_dim), source)
 
 
-def simple_config(state_dict: dict[str, Tensor]) -> SimpleCLIPConfig:
+def simple_config(state_dict: dict[str, Tensor], source: str) -> SimpleCLIPConfig:
     """The tutorial's best.pt: ResNet-50 of timm, DistilBERT with heads of 64, two projection heads."""
     prefix = "text_encoder.model."
-    vocab, D = state_dict[prefix + "embeddings.word_embeddings.weight"].shape
-    text = DistilBertConfig(
+    vocab, D = (size(state_dict, prefix + "embeddings.word_embeddings.weight", axis, source)
+                for axis in (0, 1))
+    text = made(DistilBertConfig, dict(
         vocab_size=vocab, dim=D, n_heads=max(D // 64, 1),
         n_layers=_layers(state_dict, prefix + "transformer.layer."),
-        hidden_dim=state_dict[prefix + "transformer.layer.0.ffn.lin1.weight"].shape[0],
-        max_position_embeddings=state_dict[prefix + "embeddings.position_embeddings.weight"].shape[0],
-    )  # fmt: skip
-    return SimpleCLIPConfig(
+        hidden_dim=size(state_dict, prefix + "transformer.layer.0.ffn.lin1.weight", 0, source),
+        max_position_embeddings=size(state_dict, prefix + "embeddings.position_embeddings.weight", 0, source),
+    ), source)  # fmt: skip
+    return made(SimpleCLIPConfig, dict(
         text_encoder="distilbert", text_config=text, logit_scale_init_value=0.0,
         image_layers=tuple(_layers(state_dict, f"image_encoder.model.layer{i}.") for i in (1, 2, 3, 4)),
-        image_width=state_dict["image_encoder.model.conv1.weight"].shape[0],
-        projection_dim=state_dict["image_projection.projection.weight"].shape[0],
-    )  # fmt: skip
+        image_width=size(state_dict, "image_encoder.model.conv1.weight", 0, source),
+        projection_dim=size(state_dict, "image_projection.projection.weight", 0, source),
+    ), source)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from miniclip.config import CLIPConfig, CLIPTextConfig
+from miniclip.files import WeightsError, is_texts, read_json, write_json
 from miniclip.image import CLIPImageProcessor
 from miniclip.loss import cached_backward, contrastive_loss, floor, siglip_loss
 from miniclip.model import CLIPModel, normalize
 from miniclip.simple import SimpleCLIPConfig, SimpleCLIPModel
 from miniclip.tokenizer import CLIPTokenizer
-from miniclip.weights import WeightsError, is_texts, read_json, write_json
 from miniclip.wordpiece import BertTokenizer
 
 FILE = "matcher.json"       # beside the weights: the captions of training

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from miniclip.config import Config
+from miniclip.files import WeightsError, read_json, shown
 from miniclip.habits import (
     BOTH_TOWERS,
     CHECKPOINTING_IDLE,
@@ -25,14 +26,7 @@ from miniclip.habits import (
     settle,
     with_changes,
 )
-from miniclip.weights import (
-    ModelFolder,
-    WeightsError,
-    load_folder,
-    load_strict,
-    read_json,
-    skip_init,
-)
+from miniclip.weights import ModelFolder, load_folder, load_strict, skip_init
 
 
 class PretrainedModel(ModelFolder, nn.Module):
@@ -97,13 +91,13 @@ class PretrainedModel(ModelFolder, nn.Module):
         """A model of a config, with copies of given tensors, or else with the weights of a folder."""
         chosen, dtype = dtype, getattr(torch, str(dtype or "float32").removeprefix("torch."), None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise WeightsError(f"dtype = {chosen!r} is not a floating-point dtype such as torch.float16")
-        if state_dict is None:
-            tensors = load_folder(folder, cls.weights_stem, variant, dtype)
-        else:
-            tensors = {name: tensor.detach().clone() for name, tensor in state_dict.items()}
+            raise WeightsError(f"dtype = {shown(chosen)} is not a floating-point dtype such as torch.float16")
         with skip_init():
             model = cls(config).to(dtype)
+        if state_dict is None:
+            tensors = load_folder(folder, cls.weights_stem, variant, dtype, model.num_parameters())
+        else:
+            tensors = {name: tensor.detach().clone() for name, tensor in state_dict.items()}
         load_strict(model, model.convert_keys(tensors), folder or "state_dict", cls.ignored_keys)
         return model.eval()
 

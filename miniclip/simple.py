@@ -18,7 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miniclip.bert import DistilBertConfig, DistilBertTower
-from miniclip.config import CLIPTextConfig, Config, ConfigError
+from miniclip.config import (
+    CLIPTextConfig,
+    Config,
+    ConfigError,
+    Fraction,
+    Real,
+    Stages,
+    Width,
+    read_tower,
+)
+from miniclip.files import shown
 from miniclip.loss import contrastive_loss, same_captions
 from miniclip.model import CLIPTextTransformer, normalize
 from miniclip.resnet import ResNet
@@ -37,11 +47,11 @@ class SimpleCLIPConfig(Config):
     # of CLIPTextConfig or DistilBertConfig; a dict or the config
     text_config: Any = field(default_factory=dict)
     # ResNet-50; (1, 1, 1, 1) learns a handful of pictures much faster
-    image_layers: tuple[int, ...] = (3, 4, 6, 3)
-    image_width: int = 64
-    projection_dim: int = 256  # E
-    dropout: float = 0.1
-    logit_scale_init_value: float = math.log(1 / 0.07)
+    image_layers: Stages = (3, 4, 6, 3)
+    image_width: Width = 64
+    projection_dim: Width = 256  # E
+    dropout: Fraction = 0.1
+    logit_scale_init_value: Real = math.log(1 / 0.07)
 
     inert: ClassVar[dict[str, tuple]] = {"model_type": ("simple_clip",)}
     metadata: ClassVar[frozenset[str]] = frozenset({"architectures", "torch_dtype"})
@@ -50,10 +60,10 @@ class SimpleCLIPConfig(Config):
         """The text encoder exists; its config is of its kind."""
         kinds = {"clip": CLIPTextConfig, "distilbert": DistilBertConfig}
         if self.text_encoder not in kinds:
-            raise ConfigError(f"text_encoder = {self.text_encoder!r} is not one of {', '.join(kinds)}")
+            raise ConfigError(f"text_encoder = {shown(self.text_encoder)} is not one of {', '.join(kinds)}")
         kind = kinds[self.text_encoder]
         if not isinstance(self.text_config, kind):
-            object.__setattr__(self, "text_config", kind.from_dict(self.text_config or {}, "text_config"))
+            object.__setattr__(self, "text_config", read_tower(kind, self.text_config, None, "text_config"))
 
 
 class ProjectionHead(nn.Module):

@@ -1,6 +1,6 @@
-"""Weight files and model folders: safetensors, pickles, shards, strict loading. Parses untrusted files.
+"""Weight files and model folders: safetensors, tensors in pickles, shards, strict loading.
 
-Read after config.py; it knows no model. Every model that reads or writes a folder inherits from
+Read after files.py and config.py; it knows no model. Every model that reads or writes a folder inherits from
 `ModelFolder`.
 Source: the format description in the safetensors repository; folder layouts as diffusers and transformers
 write them.
@@ -19,11 +19,8 @@ import math
 import mmap as mmap_module
 import os
 import re
-import secrets
-import stat
 import struct
 import sys
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, ClassVar
@@ -33,6 +30,20 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from miniclip.config import Config, ConfigError
+from miniclip.files import (  # noqa: F401  (is_texts, read_pickle: other rooms know them from here)
+    MissingWeights,
+    WeightsError,
+    atomic_write,
+    is_texts,
+    name_of,
+    need_folder,
+    open_file,
+    parse_json,
+    read_json,
+    read_pickle,
+    shown,
+    write_json,
+)
 from miniclip.habits import (
     LOADING_IDLE,
     LOADING_REFUSED,
@@ -43,10 +54,12 @@ from miniclip.habits import (
 )
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
-MAX_JSON_BYTES = 32 * 2**20  # config and index files
-MAX_JSON_COMMAS = 2_000_000  # bounds the number of Python objects that a hostile JSON text can make
+MAX_TENSORS = 50_000  # in one file; Stable Diffusion XL whole has 2,515
 MAX_DIMS = 32
-LOCAL_ONLY = "models are read from local folders only, nothing is ever downloaded"
+MOST_NUMBERS = 100_000_000_000  # parameters; 2.6 billion in the UNet of SDXL
+MOST_TIED = 4  # names that share their bytes, on average
+SLACK = 2**20  # bytes, for the rest of what a small file may have
+FIELDS = {"dtype", "shape", "data_offsets"}
 ERRORS_SHOWN = 5  # names listed per kind of mismatch before "and N more"
 
 # In the order of safetensors' own Dtype enum: its writer sorts by it, descending, and so do we.
@@ -65,128 +78,6 @@ DTYPES = {
 NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class WeightsError(ValueError):
-    """A file that cannot be honoured. One line that names the file, the tensor or field, and the value."""
-
-
-class MissingWeights(WeightsError, FileNotFoundError):
-    """No such folder, or no weights in it: an OSError too, as upstream's."""
-
-
-# ------------------------------------------------------------------------------------------------------- JSON
-
-
-def need_folder(folder: str | os.PathLike) -> None:
-    """Raises WeightsError for what is no local folder, such as a name on a model hub."""
-    if not os.path.isdir(folder):
-        problem = ("a file, not a folder" if os.path.exists(folder)
-                   else f"no such folder or file; {LOCAL_ONLY}")
-        raise MissingWeights(f"{_name(folder)}: {problem}")
-
-
-def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads a JSON object from a file of at most 32 MiB.
-    Raises WeightsError; a byte order mark is forgiven."""
-    path = _name(path)
-    need_folder(os.path.dirname(path) or ".")
-    with _open(path) as file:
-        raw = file.read(MAX_JSON_BYTES + 1)
-    if len(raw) > MAX_JSON_BYTES:
-        raise WeightsError(f"{path}: a JSON file of more than {MAX_JSON_BYTES} bytes is refused")
-    return _parse_json(raw.removeprefix(b"\xef\xbb\xbf"), path)
-
-
-def is_texts(value: Any) -> bool:
-    """Whether a value read from JSON is a list of strings."""
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
-
-
-def write_json(path: str | os.PathLike, values: dict[str, Any]) -> None:
-    """Writes a JSON object, keys in the order given, UTF-8, atomically."""
-    with atomic_write(path) as file:
-        file.write((json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
-
-
-def _parse_json(raw: bytes, source: str) -> dict[str, Any]:
-    """Strict JSON in bounded time and memory: UTF-8, no key twice, no deep nesting, no huge numbers,
-    one object."""
-    if raw.count(b",") > MAX_JSON_COMMAS:
-        raise WeightsError(f"{source}: JSON with more than {MAX_JSON_COMMAS} elements is refused")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in values if names.count(name) > 1)
-            raise WeightsError(f"{source}: the key {_short(twice)} appears twice")
-        return values
-
-    def bounded(digits: str) -> int:
-        if len(digits) > 40:  # 2**64 has 20 digits; transformers writes 10**30 for "no limit"
-            raise WeightsError(f"{source}: the number {digits[:40]}... is too large")
-        return int(digits)
-
-    try:
-        values = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_int=bounded)
-    except UnicodeDecodeError as error:
-        raise WeightsError(f"{source}: not UTF-8 at byte {error.start}") from None
-    except RecursionError:
-        raise WeightsError(f"{source}: JSON nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise WeightsError(f"{source}: not JSON: {error.msg} at character {error.pos}") from None
-    if not isinstance(values, dict):
-        raise WeightsError(f"{source}: expected a JSON object, got {type(values).__name__}")
-    return values
-
-
-# ------------------------------------------------------------------------------------------------------ files
-
-
-@contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Gives a binary file that replaces `path` when the block ends well; otherwise `path` stays as it was.
-
-    The bytes go to a temporary name in the same folder and reach the disk (fsync) before the rename.
-    """
-    path = _name(path)
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name[:40]}.{secrets.token_hex(6)}.tmp")
-    try:
-        try:
-            with open(temporary, "xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            if os.path.lexists(temporary):
-                os.unlink(temporary)
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-def _open(path: str) -> BinaryIO:
-    """Opens a regular file for reading: a folder, a pipe or a device is refused before it can block."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise WeightsError(f"{path}: not a regular file")
-        return open(path, "rb")
-    except OSError as error:
-        kind = MissingWeights if isinstance(error, FileNotFoundError) else WeightsError
-        raise kind(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError as error:  # a NUL byte in the name; WeightsError passes through
-        raise error if isinstance(error, WeightsError) else WeightsError(f"{path!r}: {error}") from None
-
-
-def _name(path: str | os.PathLike) -> str:
-    return os.fsdecode(path)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 # ------------------------------------------------------------------------------------------------ safetensors
 
 
@@ -200,11 +91,15 @@ def load_file(
     replaced there), they are read.
     dtype: floating-point tensors of another dtype are read one by one and cast,
     so that memory never holds both.
-    Raises WeightsError for whatever is not exactly a safetensors file.
+    Raises WeightsError for whatever is not exactly a safetensors file, and for what the safetensors library
+    (0.8) takes all the same: a tensor or a metadata key twice, of which it drops one; fields beside the
+    three, a list in their place, `__metadata__` null, blanks before the header (the format has none of
+    these); more than 32 axes or 50,000 tensors, or an empty tensor of absurd shape; F8_E8M0 and F4, the types
+    of quantized weights.
     """
-    path = _name(path)
+    path = name_of(path)
     _refuse_big_endian(path)
-    with _open(path) as file:
+    with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         start, entries = _read_header(file, size, path)
         mapping = _map(file) if mmap and size > start else None
@@ -223,8 +118,8 @@ def load_file(
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     """The `__metadata__` of a safetensors file; empty if it has none. Raises WeightsError."""
-    path = _name(path)
-    with _open(path) as file:
+    path = name_of(path)
+    with open_file(path) as file:
         header, _ = _parse_header(file, os.fstat(file.fileno()).st_size, path)
     return _metadata(header, path)
 
@@ -248,7 +143,9 @@ def _parse_header(file: BinaryIO, size: int, path: str) -> tuple[dict[str, Any],
     if raw[:1] != b"{" or len(raw) < length:
         raise WeightsError(f"{path}: not a safetensors file, the header does not begin with "
                            f"'{{' or is cut off")
-    return _parse_json(raw, path), 8 + length
+    if raw.count(b'"data_offsets"') > MAX_TENSORS:
+        raise WeightsError(f"{path}: more than {MAX_TENSORS} tensors in a file are refused")
+    return parse_json(raw, path), 8 + length
 
 
 def _metadata(header: dict[str, Any], source: str) -> dict[str, str]:
@@ -269,7 +166,7 @@ def check_header(header: dict[str, Any], data_bytes: int, source: str) -> list[t
     for name, _, _, begin, end in entries:
         if begin != expected:
             problem = "overlaps the tensor before it" if begin < expected else "leaves a hole before it"
-            raise WeightsError(f"{source}: tensor {_short(name)} at bytes {begin}:{end} {problem} "
+            raise WeightsError(f"{source}: tensor {shown(name)} at bytes {begin}:{end} {problem} "
                                f"({expected})")
         expected = end
     if expected != data_bytes:
@@ -280,19 +177,24 @@ def check_header(header: dict[str, Any], data_bytes: int, source: str) -> list[t
 
 def _entry(name: str, info: Any, source: str) -> tuple[str, torch.dtype, list[int], int, int]:
     """One tensor of the header, checked by itself."""
-    where = f"{source}: tensor {_short(name)}"
-    if not isinstance(info, dict) or set(info) != {"dtype", "shape", "data_offsets"}:
-        raise WeightsError(f"{where}: expected dtype, shape and data_offsets, got {_short(info)}")
+
+    def wrong(problem: str) -> WeightsError:
+        return WeightsError(f"{source}: tensor {shown(name)}: {problem}")
+
+    if not isinstance(info, dict) or info.keys() != FIELDS:
+        raise wrong(f"expected dtype, shape and data_offsets, got {shown(info)}")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise WeightsError(f"{where}: dtype {_short(dtype)} is not one of {', '.join(DTYPES)}")
+        raise wrong(f"dtype {shown(dtype)} is not one of {', '.join(DTYPES)}")
     if not _naturals(shape) or len(shape) > MAX_DIMS or math.prod(n or 1 for n in shape) >= 2**48:
-        raise WeightsError(f"{where}: shape {_short(shape)} is not one that a tensor can have")
+        raise wrong(f"shape {shown(shape)} is not one that a tensor can have")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise WeightsError(f"{where}: data_offsets {_short(offsets)} is not a pair begin <= end")
+        raise wrong(f"data_offsets {shown(offsets)} is not a pair begin <= end")
     begin, end = offsets
     if math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
-        raise WeightsError(f"{where}: {dtype} of shape {_short(shape)} does not take {end - begin} bytes")
+        raise wrong(f"{dtype} of shape {shown(shape)} does not take {end - begin} bytes")
+    if any("\ud800" <= char <= "\udfff" for char in name if not name.isascii()):
+        raise wrong("its name is no text: half of a surrogate pair")
     return name, DTYPES[dtype], shape, begin, end
 
 
@@ -334,7 +236,7 @@ def save_file(tensors: dict[str, Tensor], path: str | os.PathLike,
     Raises WeightsError for a tensor that has no plain bytes (meta, sparse,
     quantized) or a dtype the format lacks.
     """
-    path = _name(path)
+    path = name_of(path)
     _refuse_big_endian(path)
     for name, tensor in tensors.items():
         _check_writable(name, tensor, path)
@@ -357,10 +259,10 @@ def save_file(tensors: dict[str, Tensor], path: str | os.PathLike,
 
 def _check_writable(name: Any, tensor: Any, path: str) -> None:
     if not isinstance(name, str) or name == "__metadata__" or not isinstance(tensor, Tensor):
-        raise WeightsError(f"{path}: {_short(name)} -> {type(tensor).__name__} is not a named tensor")
+        raise WeightsError(f"{path}: {shown(name)} -> {type(tensor).__name__} is not a named tensor")
     if tensor.is_meta or tensor.layout is not torch.strided or tensor.dtype not in NAME_OF_DTYPE:
         kind = "on the meta device" if tensor.is_meta else f"{tensor.layout} of {tensor.dtype}"
-        raise WeightsError(f"{path}: tensor {_short(name)} cannot be written: it is {kind}")
+        raise WeightsError(f"{path}: tensor {shown(name)} cannot be written: it is {kind}")
 
 
 def _write_bytes(file: BinaryIO, tensor: Tensor) -> None:
@@ -385,29 +287,21 @@ def load_pickle(path: str | os.PathLike) -> dict[str, Tensor]:
     content = read_pickle(path)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    return _plain_tensors(content, _name(path))
+    tensors = _plain_tensors(content, name_of(path))
+    check_views(tensors, os.path.getsize(path), name_of(path))
+    return tensors
 
 
-def read_pickle(path: str | os.PathLike) -> Any:
-    """Whatever torch.save wrote: tensors and plain Python values.
-
-    Only torch's weights_only reader is used: code inside a pickle is never run. Raises WeightsError.
-    """
-    path = _name(path)
-    with _open(path) as file:
-        size = os.fstat(file.fileno()).st_size
-    is_zip = zipfile.is_zipfile(path)
-    try:
-        if is_zip and sum(entry.file_size for entry in zipfile.ZipFile(path).infolist()) > size:
-            raise WeightsError(f"{path}: the archive claims to hold more than its own {size} bytes")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip and os.name != "nt")
-    except WeightsError:
-        raise
-    except Exception as error:  # the reader raises many kinds; none of them may pass as anything else
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        problem = ("not a plain pickle of tensors and numbers; code in pickles is never run, "
-                   "so convert it to safetensors")
-        raise WeightsError(f"{path}: {problem} ({reason})") from None
+def check_views(tensors: dict[str, Tensor], size: int, source: str) -> None:
+    """Raises WeightsError where tensors are larger than the bytes that a file of this size holds for them:
+    with a stride of 0 one number stands for any count of them. Tied tensors may share what they have."""
+    storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors.values())}
+    held = min(sum(storages.values()), size)
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if needed > MOST_TIED * held + SLACK:
+        largest = max(tensors, key=lambda name: tensors[name].numel())
+        raise WeightsError(f"{source}: its tensors would take {needed} bytes, but it holds {held} for them; "
+                           f"the largest is {shown(largest, 120)} {shown(list(tensors[largest].shape), 80)}")
 
 
 def _plain_tensors(content: Any, path: str) -> dict[str, Tensor]:
@@ -415,9 +309,9 @@ def _plain_tensors(content: Any, path: str) -> dict[str, Tensor]:
         raise WeightsError(f"{path}: expected a dict of tensors, got {type(content).__name__}")
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
-            raise WeightsError(f"{path}: {_short(name)} is a {type(tensor).__name__}, not a dense tensor")
+            raise WeightsError(f"{path}: {shown(name)} is a {type(tensor).__name__}, not a dense tensor")
         if tensor.is_meta:
-            raise WeightsError(f"{path}: tensor {_short(name)} has no data")
+            raise WeightsError(f"{path}: tensor {shown(name)} has no data")
     return {name: tensor.detach() for name, tensor in content.items()}
 
 
@@ -425,15 +319,17 @@ def _plain_tensors(content: Any, path: str) -> dict[str, Tensor]:
 
 
 def load_folder(
-    folder: str | os.PathLike, stem: str, variant: str | None = None, dtype: torch.dtype | None = None
+    folder: str | os.PathLike, stem: str, variant: str | None = None, dtype: torch.dtype | None = None,
+    numbers: int = 0
 ) -> dict[str, Tensor]:
     """Reads the weights of a model folder: index of shards, else one safetensors file, else one pickle.
 
     stem: "diffusion_pytorch_model" (diffusers) or "model" (transformers, whose pickles say "pytorch_model").
     variant: e.g. "fp16", read from `<stem>.fp16.safetensors` and `<stem>.safetensors.index.fp16.json`.
     dtype: what floating-point tensors are cast to.
+    numbers: how many the model has that is to be filled; smaller files are refused before they are read.
     """
-    folder = _name(folder)
+    folder = name_of(folder)
     need_folder(folder)
     pickle_stem = _pickle_stem(stem)
     dot = f".{variant}" if variant else ""
@@ -443,7 +339,10 @@ def load_folder(
     for name in [indices[0], *older, single[0], indices[1], single[1]]:
         path = os.path.join(folder, name)
         if os.path.lexists(path):
-            return _load_shards(folder, name, dtype) if name.endswith(".json") else _load_any(path, dtype)
+            if name.endswith(".json"):
+                return _load_shards(folder, name, dtype, numbers)
+            _refuse_small(folder, [name], numbers)
+            return _load_any(path, dtype)
     tried = ", ".join([*indices[:1], *single])
     raise MissingWeights(f"Error no file named {single[1]} found in directory {folder} (looked for {tried})")
 
@@ -457,7 +356,16 @@ def _load_any(path: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
     return tensors
 
 
-def _load_shards(folder: str, index: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _refuse_small(folder: str, files: Iterable[str], numbers: int) -> None:
+    """Raises WeightsError where files are too small for a model: every number takes a byte at least."""
+    paths = [os.path.join(folder, file) for file in files]
+    held = sum(os.path.getsize(path) for path in paths if os.path.isfile(path))
+    if numbers > held + SLACK:
+        raise WeightsError(f"{folder}: config.json asks for {numbers} numbers, but {listed(list(files))} "
+                           f"{'has' if len(paths) == 1 else 'have'} {held} bytes")
+
+
+def _load_shards(folder: str, index: str, dtype: torch.dtype | None, numbers: int) -> dict[str, Tensor]:
     """All shards that an index names. They must lie in the folder itself and hold exactly what the index
     says."""
     path = os.path.join(folder, index)
@@ -466,18 +374,20 @@ def _load_shards(folder: str, index: str, dtype: torch.dtype | None) -> dict[str
         raise WeightsError(f"{path}: weight_map is missing")
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", file, re.ASCII):
-            raise WeightsError(f"{path}: weight_map[{_short(tensor)}] = {_short(file)} is not a weight file "
+            raise WeightsError(f"{path}: weight_map[{shown(tensor)}] = {shown(file)} is not a weight file "
                                "in this folder")
     state_dict: dict[str, Tensor] = {}
-    for file in dict.fromkeys(weight_map.values()):
+    files = list(dict.fromkeys(weight_map.values()))
+    _refuse_small(folder, files, numbers)
+    for file in files:
         shard = _load_any(os.path.join(folder, file), dtype)
         for tensor in shard:
             if weight_map.get(tensor) != file:
-                raise WeightsError(f"{path}: {file} holds {_short(tensor)}, which the index does not place "
+                raise WeightsError(f"{path}: {file} holds {shown(tensor)}, which the index does not place "
                                    "there")
         state_dict.update(shard)
     if missing := [tensor for tensor in weight_map if tensor not in state_dict]:
-        raise WeightsError(f"{path}: the shards lack {_listed(missing)}")
+        raise WeightsError(f"{path}: the shards lack {listed(missing)}")
     return state_dict
 
 
@@ -556,7 +466,7 @@ def load_strict(model: nn.Module, state_dict: dict[str, Tensor], source: str,
         if name in state_dict and state_dict[name].shape != tensor.shape
     ]
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    if problems := [f"{len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names]:
+    if problems := [f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds.items() if names]:
         raise WeightsError(f"{source}: tensors do not fit {type(model).__name__}: {'; '.join(problems)}")
     taken = {name: state_dict[name].to(tensor.dtype) for name, tensor in wanted.items()}
     if any(tensor.is_meta for tensor in wanted.values()):
@@ -609,32 +519,33 @@ def _refuse_meta(model: nn.Module, source: str) -> None:
     empty = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if empty:
         raise WeightsError(f"{source}: {type(model).__name__} keeps tensors that no file fills: "
-                           f"{_listed(empty)}")
+                           f"{listed(empty)}")
 
 
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(name if len(name) <= 120 and name.isprintable() else _short(name)
+def listed(names: list[str]) -> str:
+    """The first of some names, as a message lists them."""
+    first = ", ".join(name if len(name) <= 120 and name.isprintable() else shown(name, 120)
                       for name in names[:ERRORS_SHOWN])
-    return shown + (f" and {len(names) - ERRORS_SHOWN} more" if len(names) > ERRORS_SHOWN else "")
+    return first + (f" and {len(names) - ERRORS_SHOWN} more" if len(names) > ERRORS_SHOWN else "")
 
 
 def _misplaced(folder: str, values: dict[str, Any], wanted: str, error: ConfigError) -> str:
     """A ConfigError's line, which says first if `folder` is a training run's, or of another class."""
     inside = glob.glob(os.path.join(glob.escape(folder), "model", "**", "config.json"), recursive=True)
-    named = _class_named(values)
+    named = class_named(values)
     if inside and named is None:
-        models = [f"{os.path.dirname(path)} ({_class_named(read_json(path))})" for path in sorted(inside)]
+        models = [f"{os.path.dirname(path)} ({class_named(read_json(path))})" for path in sorted(inside)]
         return f"{folder}: the folder of a run, no {wanted}; the models in it: {', '.join(models)}"
     if named in (None, wanted):
         return str(error)
     return f"{folder}: the folder of a {named}; as a {wanted}: {error}"
 
 
-def _class_named(values: dict[str, Any]) -> str | None:
+def class_named(values: dict[str, Any]) -> str | None:
     """The class that a config.json names, as transformers or as diffusers does."""
     listed = values.get("architectures")
     name = listed[0] if isinstance(listed, list) and listed else values.get("_class_name")
-    return _short(name)[1:-1] if isinstance(name, str) else None
+    return shown(name)[1:-1] if isinstance(name, str) else None
 
 
 class ModelFolder(LeftOut):
@@ -674,7 +585,7 @@ class ModelFolder(LeftOut):
         """
         settle(f"{cls.__name__}.from_pretrained", habits, LOADING_IDLE, LOADING_REFUSED)
         dtype = _dtype(torch_dtype if dtype is None else dtype)
-        folder = os.path.join(_name(folder), subfolder) if subfolder else _name(folder)
+        folder = os.path.join(name_of(folder), subfolder) if subfolder else name_of(folder)
         source = os.path.join(folder, "config.json")
         values = read_json(source)
         try:
@@ -684,14 +595,22 @@ class ModelFolder(LeftOut):
         with skip_init():
             model = cls(config)
             model = model if model.dtype == dtype else model.to(dtype)
-        state_dict = model.convert_keys(load_folder(folder, cls.weights_stem, variant, dtype))
+        tensors = load_folder(folder, cls.weights_stem, variant, dtype, model.num_parameters())
+        state_dict = model.convert_keys(tensors)
         load_strict(model, state_dict, folder, cls.ignored_keys)
         return model.eval()
 
     @classmethod
     def from_config(cls, config: Config | dict[str, Any]):
-        """A model with fresh random weights from a config, or from the dict of a config.json."""
-        return cls(config if isinstance(config, Config) else cls.config_from_folder(dict(config), "config"))
+        """A model with fresh random weights from a config, or from the dict of a config.json.
+        Raises ConfigError for one of over 100 billion parameters."""
+        config = config if isinstance(config, Config) else cls.config_from_folder(dict(config), "config")
+        with skip_init():
+            numbers = cls(config).num_parameters()
+        if numbers > MOST_NUMBERS:
+            raise ConfigError(f"{cls.__name__}: the config asks for {numbers} parameters, more than "
+                              f"{MOST_NUMBERS}")
+        return cls(config)
 
     @classmethod
     def config_from_folder(cls, values: dict[str, Any], source: str) -> Config:
@@ -713,7 +632,7 @@ class ModelFolder(LeftOut):
         """Writes config.json and the weights, in files of at most `max_shard_size` bytes (or "5GB").
         Upstream reads the folder. safe_serialization=False writes pickles, for old readers."""
         settle(f"{type(self).__name__}.save_pretrained", habits, SAVING_IDLE, SAVING_REFUSED)
-        folder, max_shard_size = _name(folder), _bytes(max_shard_size)
+        folder, max_shard_size = name_of(folder), _bytes(max_shard_size)
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
@@ -757,5 +676,6 @@ def _dtype(chosen: torch.dtype | str | None) -> torch.dtype:
     dtype = getattr(torch, chosen.removeprefix("torch."), None) if isinstance(chosen, str) else chosen
     dtype = torch.float32 if chosen is None else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise WeightsError(f"torch_dtype = {chosen!r} is not a floating-point dtype such as torch.float16")
+        raise WeightsError(f"torch_dtype = {shown(chosen)} is not a floating-point dtype such as "
+                           "torch.float16")
     return dtype

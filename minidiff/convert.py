@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from miniclip.config import CLIPTextConfig
-from miniclip.convert import from_openai
+from miniclip.convert import from_openai, size
+from miniclip.files import WeightsError
 from miniclip.model import CLIPTextModel, CLIPTextModelWithProjection
-from miniclip.weights import WeightsError, load_file, load_pickle, load_strict, skip_init
+from miniclip.weights import listed, load_file, load_pickle, load_strict, skip_init
 from minidiff.config import UNet2DConditionConfig
 from minidiff.unet import UNet2DConditionModel
 from minidiff.vae import AutoencoderKL, AutoencoderKLConfig
@@ -106,8 +107,7 @@ def split(state: State, source: str) -> dict[str, tuple[str, State]]:
         raise WeightsError(f"{source}: holds no UNet, VAE or text encoder in Stable Diffusion's original "
                            "layout")
     if unknown:
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        raise WeightsError(f"{source}: unexpected tensors {', '.join(unknown[:5])}{more}")
+        raise WeightsError(f"{source}: unexpected tensors {listed(unknown)}")
     return parts
 
 
@@ -138,24 +138,13 @@ def scheduler_config(models: dict[str, nn.Module]) -> tuple[str, dict[str, Any]]
 
 def rename(state: State, table: Table) -> State:
     """Names whose beginning (whole words between dots) is in the table get the new beginning; others stay."""
-    renamed = {}
+    renamed, most = {}, max(head.count(".") for head in table) + 1
     for name, tensor in state.items():
-        words = name.split(".")
+        words = name.split(".", most)[:most]
         heads = (".".join(words[:n]) for n in range(len(words), 0, -1))
         head = next((h for h in heads if h in table), None)
         renamed[name if head is None else table[head] + name[len(head) :]] = tensor
     return renamed
-
-
-def size(state: State, name: str, axis: int, source: str) -> int:
-    """One number of a tensor's shape, from which a config is derived."""
-    if name not in state:
-        raise WeightsError(f"{source}: the tensor {name} is missing, so its config cannot be derived")
-    shape = list(state[name].shape)
-    if axis >= len(shape) or shape[axis] < 1:
-        raise WeightsError(f"{source}: the tensor {name} has the shape {shape}, so its config cannot be "
-                           "derived")
-    return shape[axis]
 
 
 def one_or_all(values: list) -> Any:
@@ -418,10 +407,12 @@ def convert_clip(state: State, sdxl: bool, source: str) -> tuple[type, CLIPTextC
 def convert_openclip(state: State, sdxl: bool, source: str) -> tuple[type, CLIPTextConfig, State]:
     """OpenCLIP's text tower. SD 2 reads the last layer but one, so the last is left out;
     SDXL keeps all of it."""
-    layers = 1 + max((int(n.split(".")[2]) for n in state if n.startswith("transformer.resblocks.")),
-                     default=-1)
+    layers = 0
+    while f"transformer.resblocks.{layers}.ln_1.weight" in state:
+        layers += 1
     skipped = () if sdxl else (f"transformer.resblocks.{layers - 1}.", "text_projection")
-    renamed = from_openai({n: t for n, t in state.items() if not n.startswith(("logit_scale", *skipped))})
+    kept = {n: t for n, t in state.items() if not n.startswith(("logit_scale", *skipped))}
+    renamed = from_openai(kept, source)
     model_class = CLIPTextModelWithProjection if sdxl else CLIPTextModel
     return model_class, infer_text(renamed, source, "gelu"), renamed
 

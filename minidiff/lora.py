@@ -9,7 +9,6 @@ Shapes: r rank, in and out the widths of a projection.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -20,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from miniclip.files import WeightsError, parse_json, shown
 from miniclip.habits import LOADING_IDLE, LOADING_REFUSED, settle
-from miniclip.weights import WeightsError, load_file, read_metadata
+from miniclip.weights import load_file, read_metadata
 
 FILE = "pytorch_lora_weights.safetensors"               # the name that load_lora_weights looks for
 LORA_METADATA = "lora_adapter_metadata"                 # where diffusers notes each part's rank and alpha
@@ -94,13 +94,13 @@ def take_pair(tensors: dict[str, Tensor], name: str, linear: nn.Linear | None, r
     """A [r, in] and B [out, r] of one projection, in its dtype; they leave `tensors`. Raises WeightsError."""
     pair = [tensors.pop(f"{name}.lora_{side}.weight", None) for side in "AB"]
     if linear is None or any(part is None or part.ndim != 2 for part in pair):
-        raise WeightsError(f"{source}: {name!r} is not LoRA's A and B of a linear layer of this model")
+        raise WeightsError(f"{source}: {shown(name)} is not LoRA's A and B of a linear layer of this model")
     weight, (A, B) = linear.weight, (part.to(linear.weight) for part in pair)
     if (B.shape[0], A.shape[1]) != tuple(weight.shape) or A.shape[0] != B.shape[1]:
-        raise WeightsError(f"{source}: {name!r} is {list(B.shape)} times {list(A.shape)}, the layer "
+        raise WeightsError(f"{source}: {shown(name)} is {list(B.shape)} times {list(A.shape)}, the layer "
                            f"{list(weight.shape)}")
     if rank not in (None, A.shape[0]):
-        raise WeightsError(f"{source}: {name!r} is of rank {A.shape[0]}, but its config says r = {rank}")
+        raise WeightsError(f"{source}: {shown(name)} is of rank {A.shape[0]}, but its config says r = {rank}")
     return A, B
 
 
@@ -119,7 +119,7 @@ def refuse_the_rest(tensors: dict[str, Tensor], source: str) -> None:
     if tensors:
         name = next(iter(tensors))
         kohya = "; convert kohya's layout with diffusers first" if "lora_unet_" in name else ""
-        raise WeightsError(f"{source}: {name!r} and {len(tensors) - 1} more are nothing that LoRA knows "
+        raise WeightsError(f"{source}: {shown(name)} and {len(tensors) - 1} more are nothing that LoRA knows "
                            f"here{kohya}")
 
 
@@ -141,12 +141,16 @@ def merge_lora(model: nn.Module, path: Path, scale: float = 1.0, prefix: str = "
 
 def scales(metadata: dict[str, str], source: str) -> dict[str, float]:
     """alpha / r of each part, from what diffusers notes beside the weights; 1 where nothing is noted."""
-    try:
-        noted = json.loads(metadata.get(LORA_METADATA, "{}"))
-        return {part: noted.get(f"{part}.lora_alpha", 1) / noted.get(f"{part}.r", 1)
-                if f"{part}.r" in noted else 1.0 for part in PARTS}
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError, RecursionError):
-        raise WeightsError(f"{source}: its {LORA_METADATA} names no rank and alpha") from None
+    where = f"{source}: its {LORA_METADATA}"
+    noted = parse_json(metadata.get(LORA_METADATA, "{}").encode("utf-8", "surrogatepass"), where)
+    found = dict.fromkeys(PARTS, 1.0)
+    for part in PARTS:
+        rank, alpha = noted.get(f"{part}.r", 1), noted.get(f"{part}.lora_alpha", 1)
+        if not all(isinstance(n, (int, float)) and abs(n) < 1e6 for n in (rank, alpha)) or rank < 1:
+            raise WeightsError(f"{where} names no rank and alpha of {part}: r = {shown(rank, 80)}, "
+                               f"lora_alpha = {shown(alpha, 80)}")
+        found[part] = alpha / rank if f"{part}.r" in noted else 1.0
+    return found
 
 
 def find_file(source: str | os.PathLike, weight_name: str | None) -> Path:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from miniclip.files import WeightsError, read_json, shown, write_json
 from miniclip.habits import LOADING_IDLE, LOADING_REFUSED, SAVING_IDLE, SAVING_REFUSED, settle
 from miniclip.model import CLIPTextModel, CLIPTextModelWithProjection
 from miniclip.tokenizer import CLIPTokenizer
-from miniclip.weights import WeightsError, read_json, write_json
 from minidiff import samplers
 from minidiff.convert import load_single_file, scheduler_config
 from minidiff.pipeline_habits import NEVER_HERE, PIPELINE_LOADING_IDLE, PIPELINE_LOADING_REFUSED
@@ -132,8 +132,8 @@ class PipelineFolder:
 def _class_of(name: Any, classes: dict[str, Any], source: str) -> Any:
     """The class that a folder names; names from the JAX port mean the same classes."""
     plain = name.removeprefix("Flax") if isinstance(name, str) else name
-    if plain not in classes:
-        raise WeightsError(f"{source}: {name!r} is not supported, only {', '.join(classes)}")
+    if not isinstance(plain, str) or plain not in classes:
+        raise WeightsError(f"{source}: {shown(name)} is not supported, only {', '.join(classes)}")
     return classes[plain]
 
 

@@ -15,15 +15,19 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from miniclip.config import Config, ConfigError
-from miniclip.weights import read_json
+from miniclip.config import Config, ConfigError, Fraction, Range
+from miniclip.files import read_json, shown
 from minidiff.habits import SchedulerHabits, by_name, overriding
 
+Steps = Annotated[int, Range(1, 100_000)]       # T; 1,000 in every release
+Offset = Annotated[int, Range(0, 100_000)]      # 0 or 1 in every release
+Sigma = Annotated[float, Range(0, 1e6)]         # a level of noise
+Clip = Annotated[float, Range(1e-6, 1e6)]       # what x0 is clipped to
 Generators = torch.Generator | list[torch.Generator] | None
 
 # Fields of some sampler of the family. A sampler that does not have one carries it along unread, so that
@@ -48,11 +52,11 @@ class ScheduleConfig(Config):
     of other samplers are entries, though no attributes.
     """
 
-    num_train_timesteps: int = 1000
-    beta_start: float = 0.0001
-    beta_end: float = 0.02
+    num_train_timesteps: Steps = 1000
+    beta_start: Fraction = 0.0001
+    beta_end: Fraction = 0.02
     beta_schedule: str = "linear"
-    trained_betas: tuple[float, ...] | None = None
+    trained_betas: Annotated[tuple[Fraction, ...], Range(1, 100_000)] | None = None
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
 
     @classmethod
@@ -96,13 +100,11 @@ class ScheduleConfig(Config):
         return {**super().to_dict(), **{k: v for k, v in self.given.items() if not hasattr(self, k)}}
 
     def check(self) -> None:
-        """The schedule exists and has an entry."""
-        if self.num_train_timesteps < 1:
-            raise ConfigError(f"num_train_timesteps = {self.num_train_timesteps} must be at least 1")
-        if self.trained_betas == ():
-            raise ConfigError("trained_betas is empty")
+        """The schedule exists, and its noise does not fall."""
+        if self.beta_start > self.beta_end:
+            raise ConfigError(f"beta_start = {self.beta_start} is above beta_end = {self.beta_end}")
         if self.trained_betas is None and self.beta_schedule not in BETA_SCHEDULES:
-            raise ConfigError(f"beta_schedule = {self.beta_schedule!r} is not one of "
+            raise ConfigError(f"beta_schedule = {shown(self.beta_schedule)} is not one of "
                               f"{', '.join(BETA_SCHEDULES)}")
 
 
@@ -289,8 +291,8 @@ class Scheduler(SchedulerHabits):
     def from_config(cls, config: ScheduleConfig | dict[str, Any], **overrides: Any) -> Scheduler:
         """A sampler from another sampler's config; only what was set explicitly there is taken over."""
         if not isinstance(config, dict):
-            raise TypeError(f"{cls.__name__}.from_config takes a config, not {config!r}; a folder goes into "
-                            "from_pretrained")
+            raise TypeError(f"{cls.__name__}.from_config takes a config, not {shown(config)}; a folder goes "
+                            "into from_pretrained")
         overrides = overriding(f"{cls.__name__}.from_config", overrides)
         defaults = config.get("_use_default_values", ())
         given = {k: v for k, v in config.items() if not k.startswith("_") and k not in defaults}

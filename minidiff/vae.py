@@ -15,17 +15,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from miniclip.config import Config, ConfigError
+from miniclip.config import Config, ConfigError, Count, Levels, Positive, Range, Real, Width
+from miniclip.files import shown
 from miniclip.output import ModelOutput
 from miniclip.weights import ModelFolder
 from minidiff.attention import Attention, to_map
+from minidiff.config import Resnets, Sides
 from minidiff.habits import ModelHabits
 from minidiff.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from minidiff.schedule import Generators, randn
@@ -37,22 +39,23 @@ LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn"
 class AutoencoderKLConfig(Config):
     """Fields and defaults of diffusers' AutoencoderKL. Stable Diffusion's VAE has four levels."""
 
-    in_channels: int = 3
-    out_channels: int = 3
-    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
-    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
-    block_out_channels: tuple[int, ...] = (64,)
-    layers_per_block: int = 1                   # resnets a level on the way down; one more on the way up
+    in_channels: Count = 3
+    out_channels: Count = 3
+    down_block_types: Levels[str] = ("DownEncoderBlock2D",)
+    up_block_types: Levels[str] = ("UpDecoderBlock2D",)
+    block_out_channels: Levels[Width] = (64,)
+    layers_per_block: Resnets = 1               # resnets a level on the way down; one more on the way up
     # in the resnets; the last one is always SiLU
     act_fn: Literal["silu", "swish", "mish", "gelu", "relu"] = "silu"
-    latent_channels: int = 4
-    norm_num_groups: int = 32
-    sample_size: int | tuple[int, ...] = 32     # the tile of tiling, in picture pixels
+    latent_channels: Count = 4
+    norm_num_groups: Count = 32
+    sample_size: Sides = 32                     # the tile of tiling, in picture pixels
     # the pipeline multiplies latents by it, and divides before decoding
-    scaling_factor: int | float = 0.18215
-    shift_factor: int | float | None = None     # subtracted before the scaling (16-channel VAEs)
-    latents_mean: tuple[float, ...] | None = None  # per channel, instead of the shift (Playground v2.5)
-    latents_std: tuple[float, ...] | None = None
+    scaling_factor: Positive = 0.18215
+    shift_factor: Real | None = None            # subtracted before the scaling (16-channel VAEs)
+    # per channel, instead of the shift (Playground v2.5)
+    latents_mean: Annotated[tuple[Real, ...], Range(1, 4096)] | None = None
+    latents_std: Annotated[tuple[Positive, ...], Range(1, 4096)] | None = None
     force_upcast: bool = True                   # float16 overflows (SDXL): the pipeline decodes in float32
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
@@ -65,13 +68,10 @@ class AutoencoderKLConfig(Config):
                             ("up_block_types", "UpDecoderBlock2D")):
             types = getattr(self, name)
             if len(types) != levels or set(types) != {known}:
-                raise ConfigError(f"{name} = {types} must be {levels} times {known!r}, one for each "
+                raise ConfigError(f"{name} = {shown(types)} must be {levels} times {known!r}, one for each "
                                   "block_out_channels")
-        for name in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} = {getattr(self, name)} must be at least 1")
         for channels in self.block_out_channels:
-            if channels < 1 or channels % self.norm_num_groups != 0:
+            if channels % self.norm_num_groups != 0:
                 raise ConfigError(f"norm_num_groups = {self.norm_num_groups} does not divide {channels} "
                                   "channels")
 

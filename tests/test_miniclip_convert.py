@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import random
 import zipfile
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from miniclip import CLIPConfig, CLIPModel, CLIPTextModel, convert
 from miniclip.config import CLIPResNetConfig
 from miniclip.resnet import CLIPResNetModel
-from miniclip.weights import WeightsError, save_file
+from miniclip.weights import WeightsError, save_file, write_json
 
 TEXT = dict(hidden_size=64, num_attention_heads=1, num_hidden_layers=2, intermediate_size=96, vocab_size=50,
             max_position_embeddings=9, eos_token_id=49, bos_token_id=48, projection_dim=16)  # fmt: skip
@@ -207,3 +208,75 @@ def test_a_missing_tensor_is_named(tmp_path):
     del tensors["text_projection"]
     with pytest.raises(WeightsError, match="tensor text_projection is missing"):
         convert.load(archive(tensors, tmp_path / "m.pt"))
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t: t.update({"visual.conv1.weight": torch.zeros(3)}), "visual.conv1.weight has the shape"),
+    (lambda t: t.update({"visual.proj": torch.zeros(3)}), "visual.proj has the shape"),
+    (lambda t: t.update({"token_embedding.weight": torch.zeros(0, 64)}), "embedding.weight has the shape"),
+    (lambda t: t.update({"token_embedding.weight": torch.zeros(50, 70_000)}), "hidden_size = 70000 must lie"),
+    (lambda t: t.update({"transformer.resblocks.0.attn.in_proj_weight": torch.zeros(4, 2)}), "cannot be cut"),
+    (lambda t: t.update({"text_projection": torch.zeros(64, 16, 1)}), "text_projection .* is no matrix"),
+    (lambda t: [t.pop(k) for k in list(t) if "resblocks" in k], "resblocks.0.mlp.c_fc.weight is missing"),
+    (lambda t: t.update({f"transformer.resblocks.{i}.x": torch.zeros(1) for i in range(999)}),
+     "num_hidden_layers = 999 must lie"),
+])  # fmt: skip
+def test_odd_tensors_in_the_original_layout(change, words, tmp_path, monkeypatch):
+    monkeypatch.setitem(convert.VIT, "tiny", None)
+    tensors = convert.to_openai(tiny().state_dict())
+    change(tensors)
+    torch.save(tensors, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=f"m.pt: .*{words}") as caught:
+        convert.load(tmp_path / "m.pt", "tiny")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_resnet_without_blocks(tmp_path, monkeypatch):
+    monkeypatch.setitem(convert.RESNET, "tiny", None)
+    tensors = convert.to_openai(tiny().state_dict())
+    tensors |= {"visual.layer1.0.conv1.weight": torch.zeros(8, 1),
+                "visual.attnpool.positional_embedding": torch.zeros(2, 2)}
+    torch.save(tensors, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=r"m.pt: vision_layers = \(1, 0, 0, 0\) must lie in 1 .. 64"):
+        convert.load(tmp_path / "m.pt", "tiny")
+
+
+def test_a_tree_that_a_few_bytes_make_endless(tmp_path):
+    """Modules that stand in their parent twice: 2^20 names. And a 'put' at 2^32, for which C takes 64 GB."""
+    good = archive(convert.to_openai(tiny().state_dict()), tmp_path / "good.pt")
+    module = b"c__torch__\nM\n)\x81"
+    tree = module + b"}b"
+    for _ in range(19):     # {"a": tree, "b": the same}
+        tree = module + b"}(X\x01\x00\x00\x00a" + tree + b"q\x01X\x01\x00\x00\x00bh\x01ub"
+    path = rewritten(good, tmp_path / "wide.pt", **{"data.pkl": b"\x80\x02" + tree + b"."})
+    with pytest.raises(WeightsError, match="wide.pt: .* more than 50000 tensors and modules"):
+        convert.load(path)
+    path = rewritten(good, tmp_path / "put.pt", **{"data.pkl": b"\x80\x02)r\xff\xff\xff\xff."})
+    with pytest.raises(WeightsError, match="put.pt: .*no tree of modules"):
+        convert.load(path)
+
+
+def test_broken_archives_are_one_line(tmp_path):
+    """Zips whose directory or end lies."""
+    whole = archive(convert.to_openai(tiny().state_dict()), tmp_path / "whole.pt").read_bytes()
+    rng, path = random.Random(1), tmp_path / "broken.pt"
+    for _ in range(150):
+        broken = bytearray(whole)
+        for _ in range(rng.randint(1, 6)):
+            broken[rng.randrange(len(whole) - 9000, len(whole))] = rng.choice((0, 1, 64, 255))
+        path.write_bytes(broken)
+        try:
+            convert.load(path)
+        except ValueError as error:
+            assert "\n" not in str(error) and "broken.pt" in str(error) and len(str(error)) < 900
+
+
+@pytest.mark.parametrize("values", [
+    {"architectures": 3}, {"architectures": [[]]}, {"architectures": {"a": 1}}, {"model_type": []},
+    {"model_type": {}}, {"architectures": ["x" * 10**6]},
+])  # fmt: skip
+def test_folders_that_name_no_class(tmp_path, values):
+    write_json(tmp_path / "config.json", values)
+    with pytest.raises(WeightsError, match="known are clip") as caught:
+        convert.load(tmp_path)
+    assert len(str(caught.value)) < 900

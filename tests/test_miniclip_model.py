@@ -21,7 +21,10 @@ from miniclip import (
     CLIPVisionConfig,
     CLIPVisionModel,
     ConfigError,
+    SimpleCLIPConfig,
 )
+from miniclip.bert import BertConfig, DistilBertConfig
+from miniclip.config import CLIPResNetConfig
 from miniclip.model import attention_fused, attention_written_out, causal_bias, clip_loss, normalize
 
 torch.set_num_threads(1)
@@ -443,3 +446,23 @@ def test_import_needs_torch_alone():
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root,
                            check=True).stdout
     assert found.strip() == "[]"
+
+
+@pytest.mark.parametrize("kind, fields", [
+    (CLIPTextConfig, {"num_hidden_layers": 10**6}), (CLIPTextConfig, {"num_hidden_layers": 2**63}),
+    (CLIPTextConfig, {"num_hidden_layers": "9" * 5002}), (CLIPTextConfig, {"hidden_size": 0}),
+    (CLIPTextConfig, {"hidden_size": 2**40}), (CLIPTextConfig, {"num_attention_heads": 0}),
+    (CLIPTextConfig, {"vocab_size": -1}), (CLIPTextConfig, {"layer_norm_eps": float("nan")}),
+    (CLIPTextConfig, {"attention_dropout": 7}), (CLIPTextConfig, {"hidden_act": "x" * 10**6}),
+    (CLIPVisionConfig, {"image_size": 10**9}), (CLIPVisionConfig, {"patch_size": 0}),
+    (CLIPConfig, {"projection_dim": 2**63}), (CLIPConfig, {"text_config": ["x"] * 10**6}),
+    (CLIPResNetConfig, {"vision_layers": [1, 1, 1, 10**6]}), (CLIPResNetConfig, {"vision_layers": []}),
+    (CLIPResNetConfig, {"vision_width": 0}), (BertConfig, {"num_hidden_layers": 10**6}),
+    (DistilBertConfig, {"n_layers": 10**6}), (DistilBertConfig, {"n_heads": 0}),
+    (DistilBertConfig, {"pad_token_id": 40_000}), (SimpleCLIPConfig, {"image_layers": [3]}),
+    (SimpleCLIPConfig, {"text_config": 3}),
+])  # fmt: skip
+def test_a_config_that_asks_for_too_much_or_nothing(kind, fields):
+    with pytest.raises(ConfigError) as caught:
+        kind.from_dict(fields, "config.json")
+    assert len(str(caught.value)) < 500 and next(iter(fields)) in str(caught.value)

@@ -1,6 +1,7 @@
 """Single files of the original layout, without upstream: written by the tables read backwards, then read."""
 
 import random
+import time
 
 import pytest
 import torch
@@ -223,3 +224,23 @@ def test_hostile_names_end_in_one_error(tmp_path):
     save_file(odd, tmp_path / "odd.safetensors")
     with pytest.raises(ValueError, match="odd.safetensors"):
         convert.load_single_file(tmp_path / "odd.safetensors")
+
+
+def test_a_name_of_many_words_takes_linear_time():
+    name = "." * 400_000
+    began = time.monotonic()
+    assert list(convert.rename({name: torch.zeros(1)}, {"a.b": "c"})) == [name]
+    assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"cond_stage_model.model.transformer.resblocks.x.ln_1.weight": torch.zeros(1)}, "unexpected"),
+    ({"cond_stage_model.model.transformer.resblocks.0.attn.in_proj_bias": torch.zeros(())}, "cannot be cut"),
+    ({"cond_stage_model.model.token_embedding.weight": torch.zeros(0, 64)}, "has the shape"),
+])  # fmt: skip
+def test_odd_text_towers_are_one_line(change, words, tmp_path):
+    _, state = single_file("sd2")
+    save_file({**state, **change}, tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError, match=f"a.safetensors.*{words}") as caught:
+        convert.load_single_file(tmp_path / "a.safetensors")
+    assert "\n" not in str(caught.value)

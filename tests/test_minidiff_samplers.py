@@ -2,6 +2,7 @@
 clear errors."""
 
 import copy
+import dataclasses
 import inspect
 import json
 import math
@@ -486,3 +487,30 @@ def test_a_pipeline_of_diffusers_can_mend_an_early_config():
     ddim.set_timesteps(2)
     assert ddim.timesteps.tolist() == [501, 1] and ddim.config.clip_sample is False
     assert ddim._internal_dict is ddim.config and ddim.config.given == {"beta_end": 0.012}
+
+
+@pytest.mark.filterwarnings("ignore:num_train_timesteps")
+@pytest.mark.parametrize("cls", [getattr(samplers, n) for n in samplers.__all__ if n.endswith("Scheduler")])
+def test_no_config_is_too_much(cls):
+    """Each field with values that no schedule has: one ValueError line, or a sampler that takes its step."""
+    odd = [0, -1, 2**63, 10**39, 1e25, -1e25, math.inf, math.nan, "", [], [0.0], [[1]], None, True, {}]
+    x = torch.zeros(1, 1, 2, 2)
+    for name, value in [(f.name, v) for f in dataclasses.fields(cls.config_class) for v in odd]:
+        try:
+            scheduler = cls(cls.config_class.from_dict({name: value}, "scheduler_config.json"))
+            scheduler.set_timesteps(3)
+            scheduler.step(x, scheduler.timesteps[0], x)
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 500, (name, value)
+
+
+@pytest.mark.parametrize("fields", [
+    {"num_train_timesteps": 10**9}, {"num_train_timesteps": 2**63}, {"beta_start": 1e25}, {"beta_start": -1},
+    {"beta_start": -1, "beta_schedule": "scaled_linear"}, {"beta_start": 0.1, "beta_end": 0},
+    {"trained_betas": [2.0]}, {"trained_betas": [0.1] * 200_000}, {"timestep_scaling": 1e300},
+    {"beta_schedule": "x" * 10**6}, {"original_inference_steps": 10**12}, {"steps_offset": -1},
+])  # fmt: skip
+def test_schedules_have_bounds(fields):
+    with pytest.raises(ConfigError) as caught:
+        samplers.LCMScheduler(**fields)
+    assert len(str(caught.value)) < 400 and next(iter(fields)) in str(caught.value)

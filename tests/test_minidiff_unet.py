@@ -195,6 +195,27 @@ def test_a_broken_folder_is_one_clear_line(tmp_path) -> None:
         UNet2DConditionModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("fields", [
+    {"layers_per_block": 10**6}, {"layers_per_block": 2**63}, {"layers_per_block": 0},
+    {"transformer_layers_per_block": 10**6}, {"transformer_layers_per_block": [1, 10**6]},
+    {"layers_per_block": 60, "transformer_layers_per_block": 250},
+    {"transformer_layers_per_block": [[1], [1]], "reverse_transformer_layers_per_block": [[1], [1]]},
+    {"transformer_layers_per_block": [1, [[1]]]}, {"block_out_channels": [2**40, 2**40]},
+    {"block_out_channels": [-32, -32]}, {"block_out_channels": []}, {"in_channels": 0}, {"in_channels": 1e30},
+    {"in_channels": 10**30}, {"norm_num_groups": 0}, {"norm_eps": -1}, {"norm_eps": float("nan")},
+    {"dropout": 7}, {"attention_head_dim": 0}, {"sample_size": [64]}, {"freq_shift": float("inf")},
+    {"down_block_types": ["DownBlock2D"] * 10**5}, {"num_class_embeds": 2**62}, {"encoder_hid_dim": -1},
+    {"cross_attention_dim": "x" * 10**6}, {"mid_block_type": "x" * 10**6}, {"mid_block_scale_factor": 0},
+])  # fmt: skip
+def test_a_config_that_asks_for_too_much_or_nothing(fields: dict) -> None:
+    """One line that names a field, before anything is built."""
+    with pytest.raises(ConfigError) as caught:
+        UNet2DConditionConfig.from_dict({**SMALL, **fields}, "config.json")
+    message = str(caught.value)
+    assert message.startswith("config.json: ") and len(message) < 500 and "\n" not in message
+    assert any(name in message for name in fields)
+
+
 def test_trace_shows_every_stage(capsys) -> None:
     trace.main(["sdxl", "--size", "32", "--depth", "2"])
     lines = capsys.readouterr().out.splitlines()

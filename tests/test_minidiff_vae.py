@@ -161,3 +161,15 @@ def test_inputs_that_are_refused(vae):
 def test_config_defaults_are_upstreams():
     config = AutoencoderKLConfig()
     assert config.scaling_factor == 0.18215 and config.force_upcast and config.latent_channels == 4
+
+
+@pytest.mark.parametrize("fields", [
+    {"layers_per_block": 10**6}, {"layers_per_block": 0}, {"latent_channels": -4}, {"norm_num_groups": 0},
+    {"block_out_channels": [0]}, {"block_out_channels": [2**40]}, {"scaling_factor": 0}, {"sample_size": -1},
+    {"scaling_factor": float("nan")}, {"latents_std": [0.0]}, {"latents_mean": [1e30] * 4},
+    {"down_block_types": ["DownEncoderBlock2D"] * 10**6},
+])  # fmt: skip
+def test_a_config_that_asks_for_too_much_or_nothing(fields):
+    with pytest.raises(ConfigError) as caught:
+        AutoencoderKLConfig.from_dict(fields, "config.json")
+    assert len(str(caught.value)) < 500 and next(iter(fields)) in str(caught.value)

@@ -20,6 +20,7 @@ from miniclip import (
     CLIPTokenizer,
     SimpleCLIPConfig,
     SimpleCLIPModel,
+    files,
     weights,
 )
 from miniclip.config import Config, ConfigError
@@ -178,6 +179,7 @@ def test_writing_into_a_missing_folder_or_over_a_folder(tmp_path):
         (b"<<<<<<< HEAD\n{}", "not JSON"),
         (b"version https://git-lfs.github.com/spec/v1", "not JSON"),
         (b"[" * 100_000, "deeply"),
+        (b'{"a": ' + b"[" * 70 + b"]" * 70 + b"}", "deeply"),
         (b'{"a": ' + b"9" * 1_000_000 + b"}", "too large"),
         (b'{"a": [' + b"1," * 2_100_000 + b"1]}", "elements"),
     ],
@@ -187,11 +189,39 @@ def test_broken_json(tmp_path, text, word):
     refused(lambda: weights.read_json(tmp_path / "config.json"), "config.json", word)
 
 
+def test_brackets_in_texts_nest_nothing(tmp_path):
+    value = {"[" * 100: ["{" * 100 + '"\\' * 5, "\\", "]" * 3, {"a": [[1], []]}]}
+    weights.write_json(tmp_path / "a.json", value)
+    assert weights.read_json(tmp_path / "a.json") == value
+
+
+@pytest.mark.parametrize("text", [
+    b"{" + b",".join(b'"%d":1' % (i // 2) for i in range(600_000)) + b"}",      # 300,000 keys twice
+    b"[" * 2_000_000, b"[}" * 1_000_000, b'{"a":0.' + b"9" * 10_000_000 + b"}]",
+])  # fmt: skip
+def test_hostile_json_takes_linear_time(tmp_path, text):
+    (tmp_path / "a.json").write_bytes(text)
+    began = time.monotonic()
+    message = refused(lambda: weights.read_json(tmp_path / "a.json"), "a.json")
+    assert time.monotonic() - began < 10 and len(message) < 400
+
+
+def test_messages_quote_a_little(tmp_path):
+    name = '"' + "n" * 10**6 + '"'
+    for text in (f"{{{name}: 1, {name}: 2}}", f'{{"width": {name}}}', f"{{{name}: 1}}"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="config.json") as caught:
+            Tiny.from_pretrained(tmp_path)
+        assert len(str(caught.value)) < 700
+    assert files.shown([[1] * 10**6])[-3:] == "..." and len(files.shown("x" * 10**6, 80)) == 80
+    assert files.shown(10**6000) == "a int" and files.shown("春") == "'春'"
+
+
 def test_json_that_people_have(tmp_path):
     # a BOM; DPM-Solver's -inf
     (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": -Infinity, "b": 1e-5, "c": null}')
     assert weights.read_json(tmp_path / "a.json") == {"a": float("-inf"), "b": 1e-5, "c": None}
-    (tmp_path / "b.json").write_bytes(b" " * (weights.MAX_JSON_BYTES + 1))
+    (tmp_path / "b.json").write_bytes(b" " * (files.MAX_JSON_BYTES + 1))
     refused(lambda: weights.read_json(tmp_path / "b.json"), "bytes is refused")
 
 
@@ -234,6 +264,9 @@ HOSTILE = {
     "number of a megabyte": (b'{"a":{"shape":[' + b"9" * 1_000_000 + b"]}}", "too large"),
     "name of a megabyte": ({"n" * 1_000_000: 3}, "expected dtype"),
     "control characters": ({"\n\x1b[2J\ud800": 3}, "expected dtype"),
+    "half a surrogate pair": ({"a\ud800": entry()}, "surrogate"),
+    "nested metadata": (b'{"__metadata__":{"a":' + b"[" * 900 + b"]" * 900 + b"}}", "deeply"),
+    "60,000 tensors": ({f"{i}": entry(shape=(0,), offsets=(0, 0)) for i in range(60_000)}, "50000 tensors"),
 }
 
 
@@ -270,7 +303,7 @@ def test_header_of_a_billion_tensors_costs_neither_time_nor_memory(tmp_path):
     claimed = raw_file(tmp_path / "y.safetensors", b"{" + one % 0, length=60 * 10**9)
     tracemalloc.start()
     began = time.monotonic()
-    refused(lambda: load_file(path), "elements")
+    refused(lambda: load_file(path), "more than 50000 tensors")
     refused(lambda: load_file(claimed), "header length 60000000000")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -386,6 +419,31 @@ def test_zip_bomb(tmp_path):
     with zipfile.ZipFile(tmp_path / "bomb.bin", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(50 * 2**20))
     refused(lambda: load_pickle(tmp_path / "bomb.bin"), "claims to hold more")
+
+
+def test_broken_archives_are_one_line(tmp_path):
+    """Bytes of the directory and of the end, where zipfile raises nearly anything."""
+    torch.save({"a": torch.arange(4.0)}, tmp_path / "whole.bin")
+    whole = (tmp_path / "whole.bin").read_bytes()
+    rng, path = random.Random(0), tmp_path / "broken.bin"
+    for _ in range(1000):
+        broken = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            broken[rng.randrange(len(whole) * 2 // 3, len(whole))] = rng.choice((0, 1, 64, 255))
+        path.write_bytes(broken)
+        try:
+            load_pickle(path)
+        except WeightsError as error:
+            assert "\n" not in str(error) and len(str(error)) < 600 and "broken.bin" in str(error)
+
+
+def test_tensors_larger_than_their_file(tmp_path):
+    """A stride of 0: 1.8 KB stand for 1.8 GB in half precision, and 3.6 GB when they are cast."""
+    torch.save({"a": torch.ones(1, 1, dtype=torch.half).expand(30_000, 30_000)}, tmp_path / "model.bin")
+    refused(lambda: load_pickle(tmp_path / "model.bin"), "'a' [30000, 30000]", "1800000000 bytes")
+    table = torch.ones(5, 3)
+    torch.save({"a": table, "b": table, "c": table.T, "row": torch.ones(1).expand(9)}, tmp_path / "tied.bin")
+    assert load_pickle(tmp_path / "tied.bin")["c"].shape == (3, 5)
 
 
 # ---------------------------------------------------------------------------------------------------- folders
@@ -511,6 +569,19 @@ def test_index_that_lies(tmp_path):
     for wrong in ({}, {"weight_map": []}, {"weight_map": None}):
         weights.write_json(index, wrong)
         refused(lambda: load_folder(tmp_path, "model"), "weight_map")
+
+
+def test_a_config_asks_for_more_than_the_files_hold(tmp_path, tiny):
+    """Known before anything is read: here the file is not even one of tensors."""
+    tiny.save_pretrained(tmp_path)
+    weights.write_json(tmp_path / "config.json", {"width": 10**7})
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"nothing")
+    refused(lambda: Tiny.from_pretrained(tmp_path), "asks for 80000000 numbers", "safetensors has 7 bytes")
+    weights.write_json(tmp_path / "diffusion_pytorch_model.safetensors.index.json",
+                       {"weight_map": {"a": "gone.safetensors", "b": "diffusion_pytorch_model.safetensors"}})
+    refused(lambda: Tiny.from_pretrained(tmp_path), "asks for 80000000 numbers", "have 7 bytes")
+    with pytest.raises(ConfigError, match="asks for 240000000000 parameters"):
+        Tiny.from_config({"width": 3 * 10**10})
 
 
 def test_a_folder_of_another_model_says_whose_it_is(tmp_path):

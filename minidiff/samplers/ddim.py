@@ -14,8 +14,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from miniclip.config import Fraction
 from minidiff.samplers.base import SchedulerOutput, check_steps, checked_timesteps
-from minidiff.schedule import Generators, ScheduleConfig, Scheduler, randn, spaced_timesteps, to_eps, to_x0
+from minidiff.schedule import (
+    Clip,
+    Generators,
+    Offset,
+    ScheduleConfig,
+    Scheduler,
+    randn,
+    spaced_timesteps,
+    to_eps,
+    to_x0,
+)
 
 
 @dataclass(frozen=True)
@@ -25,11 +36,11 @@ class DDIMConfig(ScheduleConfig):
     # clip x0 at every step: for pictures in [-1, 1], not for latents
     clip_sample: bool = True
     set_alpha_to_one: bool = True               # below the first timestep alpha_bar is 1, else alpha_bar_0
-    steps_offset: int = 0
+    steps_offset: Offset = 0
     thresholding: bool = False                  # dynamic thresholding in place of clipping
-    dynamic_thresholding_ratio: float = 0.995
-    clip_sample_range: float = 1.0
-    sample_max_value: float = 1.0
+    dynamic_thresholding_ratio: Fraction = 0.995
+    clip_sample_range: Clip = 1.0
+    sample_max_value: Clip = 1.0
     timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading"
     rescale_betas_zero_snr: bool = False
 

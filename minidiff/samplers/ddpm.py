@@ -17,9 +17,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from miniclip.config import Fraction
 from miniclip.output import ModelOutput
 from minidiff.habits import DDPM_LEFT_OUT
-from minidiff.schedule import Generators, ScheduleConfig, Scheduler, randn, spaced_timesteps, to_x0
+from minidiff.schedule import (
+    Clip,
+    Generators,
+    Offset,
+    ScheduleConfig,
+    Scheduler,
+    randn,
+    spaced_timesteps,
+    to_x0,
+)
 
 
 @dataclass(frozen=True)
@@ -30,11 +40,11 @@ class DDPMConfig(ScheduleConfig):
     # clip x0 at every step: for pictures in [-1, 1], not for latents
     clip_sample: bool = True
     thresholding: bool = False                  # dynamic thresholding instead
-    dynamic_thresholding_ratio: float = 0.995
-    clip_sample_range: float = 1.0
-    sample_max_value: float = 1.0
+    dynamic_thresholding_ratio: Fraction = 0.995
+    clip_sample_range: Clip = 1.0
+    sample_max_value: Clip = 1.0
     timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading"
-    steps_offset: int = 0
+    steps_offset: Offset = 0
     rescale_betas_zero_snr: bool = False
 
 

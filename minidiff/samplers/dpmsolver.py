@@ -16,12 +16,13 @@ import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from miniclip.config import ConfigError
+from miniclip.config import ConfigError, Fraction, Range
+from miniclip.files import shown
 from miniclip.habits import settle
 from minidiff.habits import DPM_LEFT_OUT, SET_TIMESTEPS_REFUSED
 from minidiff.samplers.base import (
@@ -32,7 +33,17 @@ from minidiff.samplers.base import (
     interpolate,
     linspace,
 )
-from minidiff.schedule import Generators, ScheduleConfig, randn, spaced_timesteps, threshold, to_eps, to_x0
+from minidiff.schedule import (
+    Clip,
+    Generators,
+    Offset,
+    ScheduleConfig,
+    randn,
+    spaced_timesteps,
+    threshold,
+    to_eps,
+    to_x0,
+)
 
 # Solver names of related samplers (DEIS, UniPC) whose configs are handed over: upstream reads them so
 ALIASES = {"deis": "dpmsolver++", "logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"}
@@ -42,11 +53,11 @@ ALIASES = {"deis": "dpmsolver++", "logrho": "midpoint", "bh1": "midpoint", "bh2"
 class DPMSolverMultistepConfig(ScheduleConfig):
     """Fields and defaults of diffusers' DPMSolverMultistepScheduler; those left out are in `inert`."""
 
-    solver_order: int = 2                       # 1 to 3; 2 for guided sampling
+    solver_order: Annotated[int, Range(1, 3)] = 2   # 1 to 3; 2 for guided sampling
     prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] = "epsilon"
     thresholding: bool = False                  # dynamic thresholding of x0
-    dynamic_thresholding_ratio: float = 0.995
-    sample_max_value: float = 1.0
+    dynamic_thresholding_ratio: Fraction = 0.995
+    sample_max_value: Clip = 1.0
     algorithm_type: str = "dpmsolver++"         # dpmsolver++, sde-dpmsolver++, dpmsolver, sde-dpmsolver
     solver_type: str = "midpoint"               # midpoint, heun: two second-order rules
     lower_order_final: bool = True              # below 15 steps, end with lower orders
@@ -56,13 +67,13 @@ class DPMSolverMultistepConfig(ScheduleConfig):
     use_beta_sigmas: bool = False
     use_lu_lambdas: bool = False                # evenly spaced in lambda
     use_flow_sigmas: bool = False               # flow matching: x = (1 - sigma) x0 + sigma eps
-    flow_shift: float = 1.0
+    flow_shift: Clip = 1.0
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
     # leave out the noisiest timesteps (-5.1 for the cosine schedule)
-    lambda_min_clipped: float = -math.inf
+    lambda_min_clipped: Annotated[float, Range(-math.inf, 1e6)] = -math.inf
     variance_type: str | None = None            # learned, learned_range: the model also predicts it; not used
     timestep_spacing: Literal["linspace", "leading", "trailing"] = "linspace"
-    steps_offset: int = 0
+    steps_offset: Offset = 0
     rescale_betas_zero_snr: bool = False
 
     inert: ClassVar[dict[str, tuple]] = {"use_dynamic_shifting": (False,),
@@ -74,7 +85,7 @@ class DPMSolverMultistepConfig(ScheduleConfig):
         for name, known in (("algorithm_type", tuple(RULES)), ("solver_type", ("midpoint", "heun"))):
             value = ALIASES.get(getattr(self, name), getattr(self, name))
             if value not in known:
-                raise ConfigError(f"{name} = {value!r} is not one of {', '.join(known)}")
+                raise ConfigError(f"{name} = {shown(value)} is not one of {', '.join(known)}")
             object.__setattr__(self, name, value)
         orders = (1, 2) if self.algorithm_type == "sde-dpmsolver" else (1, 2, 3)
         if self.solver_order not in orders:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minidiff.samplers.base import EulerBase, SchedulerOutput, check_steps, interpolate
-from minidiff.schedule import Generators, ScheduleConfig, randn, to_x0_unscaled
+from minidiff.schedule import Generators, Offset, ScheduleConfig, Sigma, randn, to_x0_unscaled
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class EulerDiscreteConfig(ScheduleConfig):
     use_karras_sigmas: bool = False             # at most one of the three spacings
     use_exponential_sigmas: bool = False
     use_beta_sigmas: bool = False
-    sigma_min: float | None = None              # the ends of those spacings, by default the model's own
-    sigma_max: float | None = None
+    sigma_min: Sigma | None = None              # the ends of those spacings, by default the model's own
+    sigma_max: Sigma | None = None
     timestep_spacing: Literal["linspace", "leading", "trailing"] = "linspace"
     timestep_type: Literal["discrete", "continuous"] = "discrete"   # continuous: log(sigma) / 4, with v only
-    steps_offset: int = 0
+    steps_offset: Offset = 0
     rescale_betas_zero_snr: bool = False
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minidiff.samplers.base import EulerBase, SchedulerOutput, check_steps, interpolate
-from minidiff.schedule import Generators, ScheduleConfig, randn, to_x0_unscaled
+from minidiff.schedule import Generators, Offset, ScheduleConfig, randn, to_x0_unscaled
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class EulerAncestralDiscreteConfig(ScheduleConfig):
 
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     timestep_spacing: Literal["linspace", "leading", "trailing"] = "linspace"
-    steps_offset: int = 0
+    steps_offset: Offset = 0
     rescale_betas_zero_snr: bool = False
 
 

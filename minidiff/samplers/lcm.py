@@ -15,10 +15,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from miniclip.config import Fraction
 from minidiff.habits import LCM_LEFT_OUT
 from minidiff.samplers.base import SchedulerOutput, check_steps, checked_timesteps
 from minidiff.samplers.ddpm import DDPMScheduler
-from minidiff.schedule import Generators, ScheduleConfig, Scheduler, randn, to_x0
+from minidiff.schedule import Clip, Generators, Offset, ScheduleConfig, Scheduler, Steps, randn, to_x0
 
 SIGMA_DATA = 0.5  # the data's deviation in the boundary scalings
 
@@ -27,19 +28,19 @@ SIGMA_DATA = 0.5  # the data's deviation in the boundary scalings
 class LCMConfig(ScheduleConfig):
     """Fields and defaults of diffusers' LCMScheduler."""
 
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
+    beta_start: Fraction = 0.00085
+    beta_end: Fraction = 0.012
     beta_schedule: str = "scaled_linear"
-    original_inference_steps: int = 50          # the timesteps that the distillation knew
+    original_inference_steps: Steps = 50        # the timesteps that the distillation knew
     clip_sample: bool = False
-    clip_sample_range: float = 1.0
+    clip_sample_range: Clip = 1.0
     set_alpha_to_one: bool = True               # no effect: the last step goes to the prediction itself
-    steps_offset: int = 0                       # no effect, as upstream
+    steps_offset: Offset = 0                    # no effect, as upstream
     thresholding: bool = False
-    dynamic_thresholding_ratio: float = 0.995
-    sample_max_value: float = 1.0
+    dynamic_thresholding_ratio: Fraction = 0.995
+    sample_max_value: Clip = 1.0
     timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading"  # no effect, as upstream
-    timestep_scaling: float = 10.0              # of t in the boundary scalings
+    timestep_scaling: Clip = 10.0               # of t in the boundary scalings
     rescale_betas_zero_snr: bool = False
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minidiff.habits import PNDM_LEFT_OUT
 from minidiff.samplers.base import SchedulerOutput, check_steps, checked_timesteps
-from minidiff.schedule import ScheduleConfig, Scheduler, spaced_timesteps, to_eps
+from minidiff.schedule import Offset, ScheduleConfig, Scheduler, spaced_timesteps, to_eps
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class PNDMConfig(ScheduleConfig):
     set_alpha_to_one: bool = False              # below the first timestep alpha_bar is 1, else alpha_bar_0
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading"
-    steps_offset: int = 0
+    steps_offset: Offset = 0
 
 
 class PNDMScheduler(Scheduler):
