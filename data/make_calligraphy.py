@@ -7,21 +7,22 @@ Only --fetch touches the network, through apt-get and npm. Without it, a missing
 """
 
 import argparse
-import bz2
 import csv
 import functools
+import io
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from data.packages import MakerError, members, read_bz2
 
 OVERSAMPLE = 4      # drawn this much larger and averaged down: smoother edges than the rasteriser's own
 FILL = 0.84         # the long side of the ink, as a share of the picture
@@ -31,10 +32,6 @@ SAME = 0.15         # hands that differ by less are one: editions of a font by 0
 LARGE_SET = 64      # from so many characters on, the em is fixed
 CHARACTERS = "春滿乾坤"
 FREQUENCIES = "Unihan_DictionaryLikeData.txt.bz2"
-
-
-class MakerError(ValueError):
-    """Something that a maker of picture sets needs is missing or broken; one line."""
 
 
 def start(main: Callable[[], int], *errors: type[Exception]) -> NoReturn:
@@ -141,11 +138,9 @@ def _unpack_debian(package: str, version: str, names: list[str], scratch: Path, 
 def _unpack_npm(package: str, version: str, names: list[str], scratch: Path, folder: Path):
     # a tarball: no scripts run
     run_client(["npm", "pack", "--silent", f"{package}@{version}"], scratch, package)
-    with tarfile.open(next(scratch.glob("*.tgz"))) as archive:
-        for member in archive:
-            name = PurePosixPath(member.name).name  # the name alone: an archive's paths may lead elsewhere
-            if member.isfile() and name in names and member.size < 100 * 2**20:
-                (folder / name).write_bytes(archive.extractfile(member).read())
+    found = members(next(scratch.glob("*.tgz")), lambda inner: inner.rpartition("/")[2] in names)
+    for inner, content in found.items():
+        (folder / inner.rpartition("/")[2]).write_bytes(content)
 
 
 # ---------------------------------------------------------------------------------------------------- drawing
@@ -226,12 +221,11 @@ def _difference(pictures: list, others: list) -> float:
 
 def common_characters(table: Path) -> list[str]:
     """Unihan's kFrequency: characters of class 1 (commonest in traditional text) to 5, each by code point."""
+    rows = [line.split("\t") for line in io.StringIO(read_bz2(table))
+            if "\tkFrequency\t" in line and len(line) < 100]
     try:
-        with bz2.open(table, "rt", encoding="utf-8") as file:
-            lines = file.read(64 * 2**20).splitlines()
-        rows = [line.split("\t") for line in lines if "\tkFrequency\t" in line]
         ranked = sorted((int(rank), chr(int(code.removeprefix("U+"), 16))) for code, _, rank in rows)
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, OverflowError) as error:
         raise MakerError(f"{table}: not Unihan's table of frequencies ({error})") from None
     return [character for _, character in ranked]
 

@@ -9,17 +9,15 @@ Nothing of it is committed; data/LICENSES.md names the terms.
 
 import argparse
 import csv
-import json
-import tarfile
 from pathlib import Path, PurePosixPath
 
-from data.make_calligraphy import MakerError, run_client, start
+from data.make_calligraphy import run_client, start
+from data.packages import PLAIN_NAME, MakerError, json_of, members
 
 ARTISTS = {"google": "emoji-datasource-google@16.0.0", "twitter": "emoji-datasource-twitter@16.0.0"}
 NAMES = "cldr-annotations-full@48.2.0"
 LANGUAGES = {"zh-Hant": "zh-Hant", "zh-Hans": "zh", "en": "en"}     # column -> CLDR's name of it
 VARIATION = "\ufe0f"            # "draw this as an emoji": in the pictures' names, not in CLDR's
-MAX_MEMBER = 64 * 2**20         # bytes of one file in a package
 
 
 def archive(folder: Path, package: str, download: bool) -> Path:
@@ -35,36 +33,16 @@ def archive(folder: Path, package: str, download: bool) -> Path:
     return path
 
 
-def members(path: Path, wanted) -> dict[str, bytes]:
-    """The plain files of a package whose path inside it `wanted` accepts, by that path."""
-    found = {}
-    try:
-        with tarfile.open(path) as package:
-            for member in package:
-                inner = str(PurePosixPath(*PurePosixPath(member.name).parts[1:]))   # without "package/"
-                if member.isfile() and member.size <= MAX_MEMBER and wanted(inner):
-                    found[inner] = package.extractfile(member).read()
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise MakerError(f"{path}: not a package that can be read ({error})") from None
-    return found
-
-
-def read_json(files: dict[str, bytes], inner: str, path: Path):
-    """One file of `members`, parsed. Raises MakerError, which names the package at `path`."""
-    try:
-        return json.loads(files[inner].decode("utf-8"))
-    except KeyError:
-        raise MakerError(f"{path}: holds no {inner}") from None
-    except ValueError as error:
-        raise MakerError(f"{path}: {inner} is not JSON ({error})") from None
-
-
 def read_names(path: Path) -> list[dict[str, str]]:
     """For each language, emoji -> its name."""
     inner = [f"annotations/{language}/annotations.json" for language in LANGUAGES.values()]
     files = members(path, lambda name: name in inner)
-    tables = [read_json(files, name, path)["annotations"]["annotations"] for name in inner]
-    return [{emoji: entry["tts"][0] for emoji, entry in table.items() if "tts" in entry} for table in tables]
+    try:
+        tables = [json_of(files, name, path)["annotations"]["annotations"] for name in inner]
+        return [{emoji: str(entry["tts"][0]) for emoji, entry in table.items() if "tts" in entry}
+                for table in tables]
+    except (AttributeError, LookupError, TypeError):
+        raise MakerError(f"{path}: not CLDR's annotations") from None
 
 
 def choose(emoji: list[dict], tables: list[dict[str, str]]) -> list[tuple[str, list[str]]]:
@@ -74,9 +52,9 @@ def choose(emoji: list[dict], tables: list[dict[str, str]]) -> list[tuple[str, l
     for entry in emoji:
         sign = "".join(chr(int(code, 16)) for code in entry["unified"].split("-")).replace(VARIATION, "")
         names = [table.get(sign) for table in tables]
-        drawn = all(entry.get(f"has_img_{artist}") for artist in ARTISTS)
+        drawn = PLAIN_NAME.fullmatch(entry["image"]) and all(entry.get(f"has_img_{a}") for a in ARTISTS)
         if drawn and all(names) and not any(name in used for name, used in zip(names, taken, strict=True)):
-            chosen.append((PurePosixPath(entry["image"]).name, names))
+            chosen.append((entry["image"], names))
             for name, used in zip(names, taken, strict=True):
                 used.add(name)
     return chosen
@@ -114,7 +92,11 @@ def main(argv=None) -> int:
     packages = {artist: archive(args.packages, package, args.fetch) for artist, package in ARTISTS.items()}
     tables = read_names(archive(args.packages, NAMES, args.fetch))
     index = members(packages["google"], lambda name: name == "emoji.json")
-    chosen = choose(read_json(index, "emoji.json", packages["google"]), tables)
+    try:
+        chosen = choose(json_of(index, "emoji.json", packages["google"]), tables)
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
+        raise error if isinstance(error, MakerError) else MakerError(
+            f"{packages['google']}: emoji.json is not a list of emoji") from None
     print(f"{write(args.out, chosen, packages)} pictures of {len(chosen)} things in {args.out}")
     return 0
 

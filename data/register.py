@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from data.make_calligraphy import MakerError, start
+from data.make_calligraphy import start
+from data.packages import MakerError
 from miniclip.weights import WeightsError, atomic_write
 from train.data.image import read_whole
 from train.data.strokes import JOINED, Character, read_kai, write_character
+from train.data.table import open_table
 from train.errors import DataError
 from train.registration import Fit, fit, problems
 
@@ -33,9 +35,8 @@ NOTICE = ("Derived from {char}.json of npm hanzi-writer-data 2.0.1, Copyright (C
 def rows_of(folder: Path) -> list[dict[str, str]]:
     """The rows of a folder's captions.csv with the columns file, character and hand. Raises MakerError."""
     try:
-        with open(folder / "captions.csv", encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError, csv.Error) as error:
+        rows = list(open_table(folder / "captions.csv"))
+    except (DataError, csv.Error) as error:
         raise MakerError(f"{folder}/captions.csv: cannot be read ({error})") from None
     if not rows or not {"file", "character", "hand"} <= set(rows[0]):
         raise MakerError(f"{folder}/captions.csv: needs rows of file, character and hand")

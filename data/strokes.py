@@ -11,8 +11,9 @@ package's orders are wrong; those known to be are left out.
 import argparse
 from pathlib import Path
 
-from data.make_calligraphy import FREQUENCIES, MakerError, common_characters, fetch, find, start
-from data.make_emoji import archive, members
+from data.make_calligraphy import FREQUENCIES, common_characters, fetch, find, start
+from data.make_emoji import archive
+from data.packages import PLAIN_NAME, MakerError, members
 from miniclip.weights import atomic_write
 from train.data.strokes import read_outlined
 from train.errors import DataError
@@ -76,7 +77,7 @@ def main(argv=None) -> int:
     files = members(package, lambda name: "/" not in name and name.endswith((".json", LICENCE)))
     if LICENCE not in files:
         raise MakerError(f"{package}: holds no {LICENCE}")
-    there = {Path(name).stem for name in files}
+    there = {name.removesuffix(".json") for name in files if PLAIN_NAME.fullmatch(name)}
     wanted = "".join(args.characters.split())
     chosen = choose(there, wanted) if wanted else commonest(there, args.packages)
     good = write(files, chosen[:args.fetch], args.out)

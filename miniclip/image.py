@@ -20,16 +20,15 @@ from torch import Tensor
 from miniclip.config import Config, ConfigError
 from miniclip.encoding import Encoding
 from miniclip.habits import LOADING_REFUSED, SAVING_IDLE, SAVING_REFUSED, settle
+from miniclip.picture import MOST_PIXELS, ImageError, open_picture
 from miniclip.picture_habits import PICTURE_IDLE, PictureHabits, ProcessorHabits
 from miniclip.tokenizer import CLIPTokenizer
 from miniclip.weights import need_folder, read_json, write_json
 
 OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pictures that OpenAI trained on, in 0..1
 OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-class ImageError(ValueError):
-    """A picture that cannot be read or is of no known kind; one line that names it."""
+MOST_EDGE = 4096        # pixels that size and crop_size may ask for; the largest CLIPs read about 900
+MOST_FACTOR = 10**6     # of mean, std and rescale_factor
 
 
 # ------------------------------------------------------------------------------------------------- resampling
@@ -79,6 +78,9 @@ def resize(picture: Tensor, height: int, width: int, resample: int = 3) -> Tenso
     Pillow 13 turns it round for pictures that lose far more height than width.
     Sums stay below 2^53, so float64 computes them exactly.
     """
+    if max(picture.shape[2] * width, picture.shape[1] * height) > MOST_PIXELS:        # weights of a matrix
+        raise ImageError(f"a picture of {list(picture.shape)} is too large to be resized to {height} x "
+                         f"{width}")
     x = picture.to("cpu", torch.float64)                                              # MPS has no float64
     if width != x.shape[2]:
         x = (x @ resampling_matrix(x.shape[2], width, resample).T + 0.5).floor().clamp(0, 255)
@@ -107,18 +109,6 @@ def center_crop(picture: Tensor, height: int, width: int, rounding: str = "floor
 
 
 # ------------------------------------------------------------------------------------------ kinds of pictures
-
-
-def read_image(path: str | os.PathLike) -> Any:
-    """Opens a picture file with Pillow, turned upright as its EXIF tag says. Raises ImageError."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{os.fspath(path)}: not a readable picture: {error}") from None
 
 
 def _is_pillow(image: Any) -> bool:
@@ -213,13 +203,15 @@ class CLIPImageProcessor(PictureHabits, Config):
             object.__setattr__(self, "crop_size", {"height": self.crop_size, "width": self.crop_size})
         for name in ("image_mean", "image_std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+            _check_numbers(name, getattr(self, name))
+        _check_numbers("rescale_factor", (self.rescale_factor,))
         _check_size("size", self.size, ({"shortest_edge"}, {"height", "width"}))
         _check_size("crop_size", self.crop_size, ({"height", "width"},))
         known = {"resample": tuple(FILTERS), "alpha": ("white", "drop", "drop_after_resize"),
                  "crop_rounding": ("floor", "round")}
         for name, values in known.items():
             if getattr(self, name) not in values:
-                raise ConfigError(f"{name} = {getattr(self, name)!r} is not one of "
+                raise ConfigError(f"{name} = {getattr(self, name)!r:.200} is not one of "
                                   f"{', '.join(map(repr, values))}")
 
     @classmethod
@@ -309,15 +301,16 @@ class CLIPImageProcessor(PictureHabits, Config):
     def _resized(self, image: Any, layout: str | None) -> Tensor:
         """Any kind of picture -> RGB uint8 [3, H', W'], resized: Pillow pictures by Pillow,
         the rest by resize()."""
+        name = "a picture"
         if isinstance(image, (str, os.PathLike)):
-            image = read_image(image)
+            name, image = os.fsdecode(image), open_picture(image)
         if _is_pillow(image):
             if not self.do_convert_rgb and image.mode not in ("L", "RGB", "RGBA"):
                 raise ImageError(f"a Pillow picture of mode {image.mode} needs do_convert_rgb=True")
             if self.do_convert_rgb and self.alpha != "drop_after_resize":
                 image = pillow_to_rgb(image, self.alpha)
             if self.do_resize:
-                height, width = self._target(image.height, image.width)
+                height, width = self._target(image.height, image.width, name)
                 # as torchvision: no mixing of indices
                 resample = 0 if image.mode in ("1", "P") else self.resample
                 image = image.resize((width, height), resample=resample)
@@ -327,20 +320,33 @@ class CLIPImageProcessor(PictureHabits, Config):
                              "tensor or array")
         x = array_to_tensor(image, layout)
         x = tensor_to_rgb(x, self.alpha) if self.do_convert_rgb else x
-        return resize(x, *self._target(*x.shape[1:]), self.resample) if self.do_resize else x
+        return resize(x, *self._target(*x.shape[1:], name), self.resample) if self.do_resize else x
 
-    def _target(self, H: int, W: int) -> tuple[int, int]:
+    def _target(self, H: int, W: int, name: str) -> tuple[int, int]:
+        """Height and width to resize to. Raises ImageError where a long thin picture would take gigabytes."""
+        if not H * W:
+            raise ImageError(f"{name}: {W}x{H} pixels, which are none")
         if "height" in self.size:
             return self.size["height"], self.size["width"]
         n = self.size["shortest_edge"]
-        return (n, int(n * W / H)) if H <= W else (int(n * H / W), n)
+        height, width = (n, n * W / H) if H <= W else (n * H / W, n)
+        if height * width > MOST_PIXELS:
+            raise ImageError(f"{name}: {W}x{H} pixels: resized to a shortest edge of {n} it would have more "
+                             f"than the limit of {MOST_PIXELS}; cut it")
+        return int(height), int(width)
 
 
 def _check_size(name: str, size: Any, allowed: tuple[set, ...]) -> None:
-    whole = isinstance(size, dict) and all(type(v) is int and v > 0 for v in size.values())
+    whole = isinstance(size, dict) and all(type(v) is int and 0 < v <= MOST_EDGE for v in size.values())
     if not whole or set(size) not in allowed:
-        raise ConfigError(f"{name} = {size!r} is not a number of pixels or one of "
-                          f"{[sorted(a) for a in allowed]}")
+        raise ConfigError(f"{name} = {size!r:.200} is not a number of pixels from 1 to {MOST_EDGE} or "
+                          f"one of {[sorted(a) for a in allowed]}")
+
+
+def _check_numbers(name: str, values: tuple) -> None:
+    if len(values) > 4 or not all(abs(v) <= MOST_FACTOR for v in values):             # NaN is refused, too
+        raise ConfigError(f"{name} = {values!r:.200}: at most one number a channel, each of at most "
+                          f"{MOST_FACTOR:,}")
 
 
 def _flat(images: Any) -> list[Any]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from miniclip.command import run
+from miniclip.picture import open_picture
 from minidiff.pipeline import StableDiffusionPipeline
 from minidiff.pipeline_folder import SCHEDULERS
 from minidiff.text_to_image import TextToImage, model_of
@@ -97,16 +98,8 @@ def load(a: argparse.Namespace) -> StableDiffusionPipeline:
 
 
 def read_picture(path: str | None):
-    """An RGB Pillow picture, or None without a path. Raises ValueError for a file that is no picture."""
-    if path is None:
-        return None
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: no picture that can be read: {error}") from None
+    """An RGB Pillow picture, upright, or None without a path. Raises ImageError for a file that is none."""
+    return None if path is None else open_picture(path).convert("RGB")
 
 
 def draw(a: argparse.Namespace) -> Iterator[list[Any]]:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miniclip.config import CLIPTextConfig
+from miniclip.files import shown
 from miniclip.model import CLIPTextModel
 from miniclip.tokenizer import CLIPTokenizer
 from miniclip.weights import WeightsError, is_texts, read_json, write_json
@@ -255,8 +256,9 @@ def read_format(path: Path) -> tuple[ImageFormat, list[str]]:
     """Image format and captions of a model folder. Raises WeightsError."""
     values = read_json(path)
     numbers, captions = [values.get(name) for name in ImageFormat._fields], values.get("captions")
-    if not all(type(n) is int and 0 < n <= MAX_SIDE for n in numbers):
-        raise WeightsError(f"{path}: size, channels, fold = {numbers}, not small whole numbers")
+    if not all(type(n) is int and 0 < n <= MAX_SIDE for n in numbers) or numbers[1] not in (1, 3):
+        raise WeightsError(f"{path}: size, channels, fold = {shown(numbers)}, not small whole numbers; "
+                           "channels are 1 or 3")
     if not is_texts(captions):
         raise WeightsError(f"{path}: captions is not a list of texts")
     return ImageFormat(*numbers), captions

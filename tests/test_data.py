@@ -1,8 +1,10 @@
 """data.folder: layouts, captions, every kind of picture, every error as one clear line, and the jitter."""
 
 import csv
+import json
 import os
 import struct
+import time
 import unicodedata
 import zlib
 from functools import partial
@@ -15,7 +17,7 @@ from PIL import Image
 from train.data.augment import jitter
 from train.data.folder import CaptionedImages
 from train.data.image import read_image
-from train.data.table import caption_columns, columns_of, list_captioned
+from train.data.table import caption_columns, columns_of, list_captioned, list_indexed
 from train.errors import DataError
 
 torch.set_num_threads(1)
@@ -185,6 +187,60 @@ def test_csv_errors_name_the_line_and_the_value(tmp_path, text, words):
     (tmp_path / "set" / "sub").mkdir()
     table(tmp_path / "set", text)
     fails(lambda: list_captioned(tmp_path / "set"), "captions.csv", *words)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("," * 60_000_000, ["captions.csv: more than 8000000 cells"]),
+    ("\t" * 60_000_000, ["captions.csv: more than 8000000 cells"]),
+    ("," * 7_999_999, ["line 1: 8000000 columns"]),
+    ("x," * 1_000, ["line 1: 1001 columns, the limit is 1000"]),
+    ("file,caption\n" + "," * 7_999_000, ["line 2", "empty file name"]),
+    ("file,caption\na.png,x\n" + '"\n",' * 7_999_000, ["line"]),
+])
+def test_a_table_of_nothing_but_commas_costs_little(tmp_path, text, words):
+    resource = pytest.importorskip("resource")
+    picture(tmp_path / "a.png")
+    table(tmp_path, text)
+    del text
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    fails(lambda: list_captioned(tmp_path), *words)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 2**10            # KiB
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("text", [
+    "file,caption\n" + "x" * 100_000 + ",y\n", "file,caption\n/" + "x" * 100_000 + ",y\n",
+    ",".join(f"column {i}" * 100 for i in range(900)) + "\n", "file," + "x" * 100_000 + "\na.png,x\n",
+    "file,caption\n" + "x" * 100_000 + ",\n", "\0" * 100_000,
+])
+def test_messages_about_tables_are_short(tmp_path, text):
+    picture(tmp_path / "a.png")
+    table(tmp_path, text)
+    with pytest.raises(DataError) as caught:
+        list_captioned(tmp_path)
+    message = str(caught.value)
+    assert len(message) < 900 and "\n" not in message and "captions.csv" in message
+
+
+@pytest.mark.parametrize("change", [
+    {"pictures": 7}, {"pictures": [1]}, {"pictures": [["a.png"]]}, {"pictures": [["a.png", 3]]},
+    {"pictures": [["../secret.png", "x"]]}, {"pictures": [["/etc/passwd", "x"]]},
+    {"pictures": [["a.png", ""]]}, {"pictures": [["a\0.png", "x"]]}, {"pictures": None},
+    {"pictures": [[["a.png"], "x"]]}, {"made_of": 3},
+])
+def test_a_list_kept_of_a_table_is_made_anew_if_it_is_damaged(tmp_path, change):
+    picture(tmp_path / "set" / "a.png")
+    table(tmp_path / "set", "file,caption\na.png,x\n")
+    index = tmp_path / "index.json"
+    wanted = list_indexed(tmp_path / "set", "caption", index)
+    good = index.read_text(encoding="utf-8")
+    kept = json.loads(good) | {"pictures": [["a.png", "as the index has it"]]}
+    index.write_text(json.dumps(kept), encoding="utf-8")
+    assert list_indexed(tmp_path / "set", "caption", index)[0][1] == "as the index has it"
+    for damaged in (json.dumps(kept | change), "[]", "{", "", "[" * 99_999, '{"a": ' + "9" * 5000 + "}"):
+        index.write_text(damaged, encoding="utf-8")
+        assert list_indexed(tmp_path / "set", "caption", index) == wanted
+        assert index.read_text(encoding="utf-8") == good
 
 
 def test_csv_not_in_utf8(tmp_path):

@@ -137,6 +137,34 @@ def test_the_architecture_page_names_every_file() -> None:
     assert not [name for name in names if f"`{name}`" not in page]
 
 
+# --------------------------------------------------------------------------- one way in for each kind of file
+
+READERS = ("miniclip/files.py", "miniclip/convert.py")      # of JSON, zips and pickles
+MAY_OPEN = {                # which files may use a module or a function; no other in the project
+    "Image.open": ("miniclip/picture.py",), "json.load": (), "json.loads": READERS, "torch.load": READERS,
+    "zipfile": READERS, "pickle": READERS, "marshal": (), "shelve": (), "np.load": (), "numpy.load": (),
+    "tarfile": ("data/packages.py",), "bz2": ("data/packages.py",),
+    "gzip": ("data/packages.py", "miniclip/tokenizer.py"),
+}
+
+
+def dotted(node: ast.AST) -> str:
+    """a.b.c of an expression, or nothing."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_files_from_outside_are_opened_in_one_place_for_each_kind(path: str) -> None:
+    used = {dotted(node) for node in ast.walk(FILES[path]) if isinstance(node, ast.Attribute)}
+    for module, names in imports(path, FILES[path]):
+        used |= {module, *(f"{module.removeprefix('PIL.')}.{name}" for name in names)}
+    found = {name for name, places in MAY_OPEN.items() if path not in places
+             and any(use == name or use.startswith(f"{name}.") or use.endswith(f".{name}") for use in used)}
+    assert not found, f"{path}: there are open_picture of miniclip.picture, and the readers of miniclip.files"
+
+
 # --------------------------------------------------------------------------------------- copied and installed
 
 

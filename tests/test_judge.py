@@ -10,6 +10,7 @@ from PIL import Image, ImageFont
 
 from data import make_calligraphy
 from data.make_calligraphy import MakerError
+from miniclip.files import WeightsError
 from train import judge
 from train.data.folder import CaptionedImages
 from train.data.grid import save_image
@@ -63,14 +64,30 @@ def test_saved_and_loaded_alike(small, tmp_path):
 
 
 def test_a_broken_judge_is_one_clear_error(small, tmp_path):
-    with pytest.raises(UserError, match=r"judge.json: no such file"):
+    with pytest.raises(UserError, match=r"judge.json: .*No such file.*; train a judge with "):
         judge.load_judge(tmp_path)
     judge.save_judge(small, tmp_path, {})
+    good = json.loads((tmp_path / "judge.json").read_text("utf-8"))
+    for change in ({"names": ["春"]}, {"names": ["x"] * 90_000, "width": 512}, {"width": 9}):
+        (tmp_path / "judge.json").write_text(json.dumps(good | change), encoding="utf-8")
+        with pytest.raises(WeightsError, match=r"judge.pt: tensors do not fit GlyphClassifier"):
+            judge.load_judge(tmp_path)                          # which is built only if they do
+    for change in ({"names": "春"}, {"names": [1]}, {"width": 10**9}, {"width": "8"}, {"width": None},
+                   {"width": True}, {"names": {"x" * 10_000: 1}}):
+        (tmp_path / "judge.json").write_text(json.dumps(good | change), encoding="utf-8")
+        with pytest.raises(UserError, match=r"judge.json: names = .*, width = ") as caught:
+            judge.load_judge(tmp_path)
+        assert len(str(caught.value)) < 700
+    for text in ("[]", "{", '{"width": ' + "9" * 5000 + "}", "[" * 99_999):
+        (tmp_path / "judge.json").write_text(text)
+        with pytest.raises(WeightsError, match="judge.json: "):
+            judge.load_judge(tmp_path)
+    (tmp_path / "judge.json").write_text(json.dumps(good), encoding="utf-8")
     (tmp_path / "judge.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match="not a judge"):
+    with pytest.raises(WeightsError, match="judge.pt: not a plain pickle"):
         judge.load_judge(tmp_path)
-    (tmp_path / "judge.json").write_text(json.dumps({"names": ["春"]}), encoding="utf-8")
-    with pytest.raises(UserError, match="width"):
+    torch.save({"body.0.weight": "x"}, tmp_path / "judge.pt")
+    with pytest.raises(WeightsError, match="judge.pt: 'body.0.weight' is a str"):
         judge.load_judge(tmp_path)
 
 

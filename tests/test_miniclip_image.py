@@ -1,14 +1,19 @@
 """miniclip/image.py without transformers, and mostly without Pillow."""
 
 import json
+import os
+import struct
 import subprocess
 import sys
+import zlib
+from pathlib import Path
 
 import pytest
 import torch
 
 from miniclip import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer, ConfigError, ImageError
-from miniclip.image import center_crop, read_image, resampling_matrix, resize, tensor_to_rgb
+from miniclip.image import center_crop, resampling_matrix, resize, tensor_to_rgb
+from miniclip.picture import FORMATS, formats, open_picture, picture_file
 
 
 def noise(*shape):
@@ -84,14 +89,185 @@ def test_pictures_from_disk(tmp_path):
     path = tmp_path / "人蔘.png"
     Image.frombytes("RGB", (40, 30), bytes(noise(3600).tolist())).save(path)
     processor = CLIPImageProcessor(size=16, crop_size=16)
-    assert torch.equal(processor(str(path)).pixel_values, processor(read_image(path)).pixel_values)
+    assert torch.equal(processor(str(path)).pixel_values, processor(open_picture(path)).pixel_values)
     turned = Image.open(path).getexif()
     turned[0x0112] = 6
     Image.open(path).save(tmp_path / "turned.jpg", exif=turned)
-    assert read_image(tmp_path / "turned.jpg").size == (30, 40)
+    assert open_picture(tmp_path / "turned.jpg").size == (30, 40)
     (tmp_path / "broken.png").write_bytes(path.read_bytes()[:60])
-    with pytest.raises(ImageError, match="broken.png: not a readable picture"):
+    with pytest.raises(ImageError, match="broken.png: broken picture"):
         processor(tmp_path / "broken.png")
+
+
+ROOT = Path(__file__).parent.parent
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def png(path, width, height, kind=0, depth=8):
+    """A PNG of zeros, its rows packed as they are made: a large one takes no memory here."""
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    row = b"\0" * (1 + (width * depth * {0: 1, 6: 4}[kind] + 7) // 8)
+    pack = zlib.compressobj(9)
+    body = b"".join(pack.compress(row) for _ in range(height)) + pack.flush()
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    return path
+
+
+def run_python(code, *arguments):
+    """What a fresh interpreter prints; one line of it, as json."""
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True,
+                          cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_no_reader_of_pictures_starts_a_process(tmp_path):
+    """An EPS under a picture's name: Pillow would run Ghostscript on it."""
+    pytest.importorskip("PIL.Image")
+    (tmp_path / "a.png").write_bytes(EPS)
+    said = run_python("""
+import contextlib, io, json, os, sys
+import PIL.EpsImagePlugin, PIL.Image
+os.environ["PATH"] = sys.argv[1]            # a Ghostscript that tells of itself
+from miniclip import CLIPImageProcessor
+from miniclip.picture import open_picture
+from minidiff.__main__ import main
+from train.data.image import read_image, read_whole
+from train.data.summary import look_at
+started = []
+starting = "subprocess.Popen os.exec os.posix_spawn os.fork os.forkpty os.system os.startfile".split()
+sys.addaudithook(lambda name, args: started.append(name) if name in starting else None)
+path, said = sys.argv[1] + "/a.png", []
+command = ["--model", "none", "--prompt", "x", "--out", sys.argv[1], "--image", path]
+for read in (open_picture, CLIPImageProcessor(), lambda p: read_image(p, 8, 1), lambda p: read_whole(p, 1),
+             lambda p: print(look_at(p, 10**6).problem, file=sys.stderr), lambda p: main(command)):
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            read(path)
+        except ValueError as error:
+            print(error, file=err)
+    said.append(err.getvalue())
+known = list(started)
+PIL.EpsImagePlugin.gs_binary = "gs"
+with contextlib.suppress(Exception):        # the trap itself works
+    PIL.Image.open(path).load()
+print(json.dumps([known, started, said]))
+""", tmp_path)
+    assert said[0] == [] and said[1], said
+    assert len(said[2]) == 6
+    assert all("not a picture in one of the formats PNG JPEG" in text for text in said[2])
+
+
+@pytest.mark.parametrize("width, height, kind, depth, words", [
+    (13_300, 13_300, 6, 8, "13300x13300 pixels, not 1 to the limit of 67108864"),
+    (100_000, 600, 0, 1, "100000x600 pixels, a side above the limit of 65535"),
+    (60_000, 1, 0, 1, "60000x1 pixels: resized to a shortest edge of 2000 it would"),
+    (1, 60_000, 0, 1, "1x60000 pixels: resized to a shortest edge of 2000 it would"),
+])
+def test_small_files_of_large_pictures_take_no_memory(tmp_path, width, height, kind, depth, words):
+    pytest.importorskip("PIL.Image")
+    pytest.importorskip("resource")
+    path = png(tmp_path / "a.png", width, height, kind, depth)
+    assert path.stat().st_size < 2**20
+    grown, said = run_python("""
+import json, resource, sys
+import PIL.ImageOps, PIL.PngImagePlugin
+from miniclip import CLIPImageProcessor, ImageError
+processor = CLIPImageProcessor(size=2000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    processor(sys.argv[1])
+except ImageError as error:
+    said = str(error)
+print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, said]))
+""", path)
+    assert words in said and said.startswith(str(path)) and "\n" not in said
+    assert grown < 64 * 2**10                                                                   # KiB
+
+
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, SyntaxError, struct.error, MemoryError,
+                                   OverflowError, ZeroDivisionError, KeyError, RecursionError, EOFError])
+def test_whatever_a_decoder_raises_is_one_line(tmp_path, monkeypatch, error):
+    Image = pytest.importorskip("PIL.Image")
+    path = png(tmp_path / "a\nb.png", 4, 4)
+    assert open_picture(path).size == (4, 4)
+
+    def broken(*_, **__):
+        raise error("x\n" * 10_000)
+
+    for where in ("PIL.ImageFile.ImageFile.load", "PIL.Image.open"):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, broken)
+            with pytest.raises(ImageError, match=rf"a b.png: broken picture \({error.__name__}: ") as caught:
+                CLIPImageProcessor()(path)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    assert Image
+
+
+def test_the_formats_and_no_others(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    picture = Image.new("RGB", (20, 10), "red")
+    for kind in formats():
+        picture.save(tmp_path / "a", kind)
+        assert open_picture(tmp_path / "a").size == (20, 10)
+    for kind in ("PPM", "ICO", "TGA", "PCX", "DIB", "EPS", "PDF", "SGI", "DDS", "JPEG2000"):
+        picture.save(tmp_path / "a.png", kind)
+        with pytest.raises(ImageError, match="a.png: not a picture in one of the formats PNG JPEG WEBP GIF"):
+            open_picture(tmp_path / "a.png")
+    assert set(formats()) - set(FORMATS) <= {"AVIF"}
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.05, 0.3, 0.6])
+def test_cut_files_of_each_format(tmp_path, share):
+    Image = pytest.importorskip("PIL.Image")
+    for kind in formats():
+        Image.frombytes("L", (64, 64), bytes(noise(4096).tolist())).save(tmp_path / "a", kind)
+        whole = (tmp_path / "a").read_bytes()
+        (tmp_path / "cut").write_bytes(whole[:int(len(whole) * share)])
+        with pytest.raises(ImageError, match=r"cut: [^\n]*$"):
+            open_picture(tmp_path / "cut")
+
+
+def test_what_is_no_plain_file(tmp_path):
+    pytest.importorskip("PIL.Image")
+    with pytest.raises(ImageError, match="is not a plain file"):
+        open_picture(tmp_path)
+    for name in ("none", "x" * 300, "a\0b"):
+        with pytest.raises(ImageError):
+            open_picture(tmp_path / name)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.png")
+        with pytest.raises(ImageError, match="pipe.png: is not a plain file"):        # and does not hang
+            open_picture(tmp_path / "pipe.png")
+    small = png(tmp_path / "a.png", 30, 40)
+    with pytest.raises(ImageError, match="a.png: 30x40 pixels, not 1 to the limit of 1199"):
+        open_picture(small, most_pixels=1199)
+    with picture_file(small, 1200) as image:
+        assert image.size == (30, 40)
+
+
+def test_sizes_that_memory_is_not_taken_for(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text('{"size": 100000000}')
+    with pytest.raises(ConfigError, match="preprocessor_config.json: size = .*from 1 to 4096"):
+        CLIPImageProcessor.from_pretrained(tmp_path)
+    for values in ({"size": {"height": 10**9, "width": 10**9}}, {"crop_size": 2**63}, {"size": 0},
+                   {"crop_size": {"height": 8, "width": True}}, {"size": {"x" * 10_000: 1}},
+                   {"image_mean": [0.5] * 1000}, {"image_std": [float("nan")]}, {"rescale_factor": 10**39},
+                   {"alpha": "x" * 10_000}):
+        with pytest.raises(ConfigError) as caught:
+            CLIPImageProcessor.from_dict(values)
+        assert len(str(caught.value)) < 500
+    long = torch.zeros(3, 1, 60_000, dtype=torch.uint8)
+    with pytest.raises(ImageError, match="60000x1 pixels: resized to a shortest edge of 1200"):
+        CLIPImageProcessor(size=1200)(long)
+    with pytest.raises(ImageError, match=r"picture of \[3, 100, 60000\] is too large to be resized"):
+        resize(torch.zeros(1, 1, 1, dtype=torch.uint8).expand(3, 100, 60_000), 4096, 4096)
+    with pytest.raises(ImageError, match="0x5 pixels"):
+        CLIPImageProcessor()(torch.zeros(3, 5, 0, dtype=torch.uint8))
 
 
 def test_processor(tmp_path):

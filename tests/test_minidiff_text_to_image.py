@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from PIL import Image
 from minidiff import DDIMScheduler, TextToImage
 from minidiff.__main__ import main
 from minidiff.text_to_image import ImageFormat, Preset, build_text_to_image, model_of
+from train import sample
+from train.run.cli import start
 
 CAPTIONS = ["春 楷書", "春 草書", "坤 楷書"]
 TINY = Preset((8, 16), (False, True), 1, 32, 1)
@@ -69,3 +72,25 @@ def test_guided_sampling_is_ddim_on_two_predictions(run: Path) -> None:
 def test_where_a_model_is(run: Path, tmp_path: Path) -> None:
     assert model_of(run) == model_of(run / "model") == run / "model"
     assert model_of(tmp_path) is None and model_of(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("text", [
+    "[]", "{", "", "7", "[" * 99_999, '{"size": ' + "9" * 5000 + "}", "\xff\xfe",
+    *(json.dumps({"size": 16, "channels": 1, "fold": 2, "captions": ["春"]} | change) for change in (
+        {"size": "16"}, {"size": 0}, {"size": -16}, {"size": 1e30}, {"size": 10**30}, {"size": True},
+        {"size": [16]}, {"size": None}, {"channels": 2}, {"channels": 64}, {"fold": 3}, {"fold": {"x": 1}},
+        {"captions": "春"}, {"captions": [1]}, {"captions": None}, {"captions": {"x": 1}},
+        {"size": ["x" * 100_000] * 9})),
+], ids=range(24))
+def test_a_writer_that_none_has_saved_is_one_line(run: Path, tmp_path: Path, text: str, capsys) -> None:
+    """In python -m minidiff and in train.sample."""
+    (run / "model" / "writer.json").write_bytes(text.encode("latin-1", "replace") if "春" not in text
+                                                else text.encode())
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["--model", str(run), "--prompt", "春", *out]) == 2
+    said = [capsys.readouterr().err]
+    with pytest.raises(SystemExit) as end:
+        start(lambda: sample.main(sample.SampleConfig(run=str(run), out=out[1], device="cpu")))
+    said.append(capsys.readouterr().err)
+    assert end.value.code == 2
+    assert all("writer.json" in line and "\n" not in line.strip() and len(line) < 600 for line in said)

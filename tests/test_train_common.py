@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from train.run import cli, loop
 from train.run.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
 from train.run.distributed import Ranks
 from train.run.folder import make_folder
-from train.run.log import Metrics, Speed, StopFlag
+from train.run.log import Metrics, Speed, StopFlag, read_rows
 from train.run.settings import autocast
 from train.run.state import EMA, TrainState, fingerprint
 from train.train_diffusion import TrainConfig
@@ -175,6 +176,71 @@ def test_a_damaged_newest_falls_back_with_a_line(tmp_path: Path) -> None:
         checkpoints.load(print)
 
 
+def places(value, path=()):
+    """The path to each part of a checkpoint, containers included."""
+    yield path
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(
+        value, (list, tuple)) else ()
+    for key, part in entries:
+        if key in (0, "0.weight") or not isinstance(key, int) and "." not in key:       # the first of a kind
+            yield from places(part, (*path, key))
+
+
+def with_part(value, path, part):
+    """A copy with another value at a path; `DROP` for none."""
+    if not path:
+        return part
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    if part is DROP and len(path) == 1:
+        del copy[path[0]]
+    else:
+        copy[path[0]] = with_part(copy[path[0]], path[1:], part)
+    return copy
+
+
+DROP = object()
+STRANGE = [DROP, None, True, "x", -1, 10**30, math.nan, [], {}, [[]], {"x": {}}, torch.zeros(0),
+           torch.zeros(1, 7), torch.zeros(1, dtype=torch.complex64), torch.zeros(1).expand(30_000, 30_000)]
+
+
+def test_whatever_is_wrong_inside_of_the_newest_the_one_before_goes_on(tmp_path: Path, monkeypatch) -> None:
+    """Each part in turn replaced by something else: the checkpoint before, or a run that trains."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    torch.manual_seed(0)
+    checkpoints, state = Checkpoints(tmp_path, keep=2), run_state(steps=9)
+    for _ in range(2):
+        train(state, 1)
+        checkpoints.save(state.capture(), best=False)
+    good, fell_back = state.capture(), 0
+    paths = [path for path in places(good) if path and (path[0] not in ("data", "config") or len(path) == 1)]
+    for path, part in itertools.product(paths, STRANGE):
+        if not (path == ("data",) and part == {}):          # of other data: nothing is damaged
+            save_checkpoint(checkpoints.kept[0], with_part(good, path, part))
+            lines: list[str] = []
+            again = run_state(seed=1, steps=9)
+            found = checkpoints.load(lines.append, lambda saved, again=again: again.check(saved, ()))
+            again.restore(found, ())
+            train(again, 1)
+            assert len(lines) == (found["step"] == 1), (path, part)
+            assert all("checkpoint.pt: " in line and "\n" not in line and len(line) < 600 for line in lines)
+            fell_back += len(lines)
+    assert fell_back > 300
+
+
+def test_names_that_look_like_checkpoints(tmp_path: Path) -> None:
+    state = run_state()
+    for name in ("checkpoint.1x.pt", "checkpoint.1²2.pt", f"checkpoint.{9**20}.pt", "checkpoint.-1.pt"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError, match="there is no .*checkpoint.pt"):
+        Checkpoints(tmp_path, keep=2).load(pytest.fail)
+    (tmp_path / "checkpoint.pt").mkdir()
+    Checkpoints(tmp_path / "x", keep=1)
+    save_checkpoint(tmp_path / "checkpoint.12.pt", state.capture())
+    lines: list[str] = []
+    assert Checkpoints(tmp_path, keep=2).load(lines.append)["step"] == 0
+    assert len(lines) == 1 and "checkpoint.pt: not a regular file" in lines[0]
+
+
 def test_a_flipped_byte_anywhere_is_seen(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, run_state().capture())
@@ -259,6 +325,45 @@ def test_metrics_of_a_resumed_run_are_those_of_one_never_stopped(tmp_path: Path)
         write(Metrics(path, resume_at=checkpoint), range(checkpoint, 6), False)
         assert path.read_bytes() == whole
     assert Metrics(path).rows == [] and path.read_bytes() == b""    # a fresh run starts a fresh file
+
+
+@pytest.mark.parametrize("line", [b"[1]", b'{"loss": 1}', b'{"step": 1, "loss": "x"}', b"\xff", b"",
+                                  b'{"step": 1, "loss": [2]}', b'{"step": 1e400}', b"{" * 9999])
+def test_damage_before_the_last_line_of_metrics_is_one_line(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0, "loss": NaN}\n' + line + b'\n{"step": 2, "loss": 1}\n')
+    whole = path.read_bytes()
+    with pytest.raises(WeightsError, match="metrics.jsonl, line 2: ") as caught:
+        Metrics(path, resume_at=2)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600 and path.read_bytes() == whole
+    path.write_bytes(b'{"step": 0, "loss": NaN}\n' + line)             # the same, torn: cut off
+    assert math.isnan(Metrics(path, resume_at=2).rows[0]["loss"]) and path.read_bytes().count(b"\n") == 1
+
+
+@pytest.mark.parametrize("lines", [
+    [b'{"step": 1},{"step": 2', b'"x": 3}'], [b'{"step": 1}, {"step": 2}'], [b'{"},', b'{": 1, "step": 1}'],
+    [b'{"},', b'{": 1, "step": 1},{"step": 2}'], [b'{"step": 1}]}'], [b'{"step": 1}], "rows": [{"step": 1}'],
+])
+def test_lines_that_are_rows_only_together_are_none(tmp_path: Path, lines: list[bytes]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n' + b"\n".join(lines) + b"\n")
+    with pytest.raises(WeightsError, match="metrics.jsonl, line 2: not JSON"):
+        read_rows(path)
+    path.write_bytes(b"".join(b'{"step": %d}\r\n' % i for i in range(12_000)))
+    assert [row["step"] for row in read_rows(path)] == list(range(12_000))
+
+
+def test_rows_that_memory_is_not_taken_for(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\n" * 101)
+    monkeypatch.setattr("train.run.log.MAX_ROWS", 100)
+    with pytest.raises(WeightsError, match="a.jsonl: more than 100 lines"):
+        read_rows(tmp_path / "a.jsonl")
+    monkeypatch.setattr("train.run.log.MAX_ROW_BYTES", 100)
+    with pytest.raises(WeightsError, match="a.jsonl: a file of more than 100 bytes"):
+        read_rows(tmp_path / "a.jsonl")
+    (tmp_path / "speed.jsonl").write_bytes(b'{"step": 2}\n')
+    with pytest.raises(WeightsError, match="speed.jsonl, line 1: no seconds"):
+        Metrics(tmp_path / "speed.jsonl", 3, ("step", "seconds"))
 
 
 def test_only_the_first_process_writes_metrics(tmp_path: Path) -> None:

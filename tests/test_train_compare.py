@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from miniclip.weights import WeightsError
 from train import compare, report
 from train.errors import UserError
 from train.report import curve, curves, diagnose, log_ticks, ticks
@@ -84,9 +85,59 @@ def test_no_run_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run folder"):
         compare.main([str(tmp_path)], str(tmp_path / "page.html"))
     folder = run_folder(tmp_path / "a", rows(falling))
-    (tmp_path / "a" / "metrics.jsonl").write_text("[3]\n")
-    with pytest.raises(UserError, match="not the rows"):
+    (tmp_path / "a" / "config.json").unlink()
+    with pytest.raises(WeightsError, match="config.json: cannot be read"):
         compare.main([folder], str(tmp_path / "page.html"))
+
+
+@pytest.mark.parametrize("line, words", [
+    (b"[3]", "expected a JSON object"), (b"3", "expected a JSON object"), (b"", "not JSON"),
+    (b'{"step": 1, "lo', "not JSON"), (b"\xff\xfe", "not UTF-8"), (b"\0" * 50, "not JSON"),
+    (b'{"loss": 1}', "no step"), (b'{"step": "1"}', "'step' = '1' is not a number"),
+    (b'{"step": true}', "'step' = True is not a number"), (b'{"step": -1}', "step = -1"),
+    (b'{"step": 1.5}', "step = 1.5"), (b'{"step": 10000000000}', "step = 10000000000"),
+    (b'{"step": 1, "loss": "low"}', "'loss' = 'low' is not a number"),
+    (b'{"step": 1, "loss": [1, 2]}', r"'loss' = \[1, 2\] is not a number"),
+    (b'{"step": 1, "loss": null}', "'loss' = None is not a number"),
+    (b'{"step": 1, "loss": {"a": 1}}', "is not a number"), (b'{"step": 1, "loss": 1e300}', "1e[+]300 is not"),
+    (b'{"step": 1, "loss": ' + b"9" * 5000 + b"}", "too large"),
+    (b'{"step": 1, "loss": "' + b"x" * 100_000 + b'"}', "is not a number"),
+    (b'{"step": 1, "' + b"x" * 100_000 + b'": "x"}', "is not a number"),
+    (b"[" * 100_000, "nested too deeply"),
+])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "speed.jsonl"])
+def test_a_damaged_row_is_one_line_with_its_number(tmp_path: Path, name: str, line: bytes,
+                                                   words: str) -> None:
+    folder = run_folder(tmp_path / "a", rows(falling, 3))
+    (tmp_path / "a" / name).write_bytes(b'{"step": 0}\n' + line + b'\n{"step": 2}\n')
+    with pytest.raises(WeightsError, match=rf"{name}, line 2: .*{words}") as caught:
+        compare.main([folder], str(tmp_path / "page.html"))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 800
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_what_a_run_may_write_is_drawn(tmp_path: Path) -> None:
+    """Losses that are no numbers, or as large as float32 has them, in any place."""
+    extremes = (math.nan, math.inf, -math.inf, 3.4e38, -3.4e38, 1e-45, 0, -0.0, 10**38)
+    names = ("loss", "val", "val_99", "grad_norm", "lr", "logit_scale", "blind", "image_to_text_R@1")
+    rng = random.Random(1)
+    for i in range(60):
+        metrics = [{"step": step * 10**rng.randint(0, 7), **{name: rng.choice(extremes) for name in names}}
+                   for step in range(rng.randint(0, 40))]
+        compare.main([run_folder(tmp_path / str(i), metrics)], str(tmp_path / "page.html"))
+
+
+@pytest.mark.parametrize("text, words", [
+    ('{"lr": [1]}', r"'lr' = \[1\]: no setting"), ('{"lr": {"a": 1}}', "no setting"),
+    ('{"lr": 1e300}', "no setting"), ('{"data": "' + "x" * 20_000 + '"}', "no setting"),
+    ('{"lr": NaN}', "no setting"), ("[]", "JSON object"), ('{"lr": ' + "9" * 5000 + "}", "too large"),
+])
+def test_settings_that_no_run_has(tmp_path: Path, text: str, words: str) -> None:
+    folder = run_folder(tmp_path / "a", rows(falling, 3))
+    (tmp_path / "a" / "config.json").write_text(text)
+    with pytest.raises(WeightsError, match=f"config.json: .*{words}") as caught:
+        compare.main([folder], str(tmp_path / "page.html"))
+    assert len(str(caught.value)) < 600
 
 
 # ------------------------------------------------------------------------------------------------------- axes

@@ -7,25 +7,23 @@ from __future__ import annotations
 
 import argparse
 import html
-import json
 from pathlib import Path
-
-from miniclip.weights import read_json
 
 from . import report
 from .errors import UserError
-from .run.cli import start
+from .run.cli import read_settings, start
+from .run.log import read_rows
 
 
 def main(folders: list[str], out: str) -> None:
     """Leaves the page at `out`, and prints what is wrong with each run.
 
-    Raises UserError where a folder holds no run, and WeightsError for a config.json that cannot be read.
+    Raises UserError where a folder holds no run, and WeightsError for files of one that are damaged.
     """
     names = dict(zip(folders, short_names(folders), strict=True))
-    runs = {names[folder]: (read_rows(folder, "metrics.jsonl"), read_rows(folder, "speed.jsonl"))
+    runs = {names[folder]: (rows_of(folder, "metrics.jsonl"), rows_of(folder, "speed.jsonl"))
             for folder in folders}
-    configs = [read_json(Path(folder) / "config.json") for folder in folders]
+    configs = [read_settings(Path(folder)) for folder in folders]
     flags = [key for key in dict.fromkeys(key for config in configs for key in config) if key != "out"]
     differing = [[key, *(config.get(key, "") for config in configs)] for key in flags
                  if len({str(config.get(key)) for config in configs}) > 1]
@@ -45,17 +43,11 @@ def short_names(folders: list[str]) -> list[str]:
     return ends if len(set(ends)) == len(ends) else folders
 
 
-def read_rows(folder: str, name: str) -> report.Rows:
-    """The rows of a run folder's .jsonl file. Raises UserError where it is missing or holds anything else."""
-    path = Path(folder) / name
-    if not path.exists():
+def rows_of(folder: str, name: str) -> report.Rows:
+    """The rows of a run folder's .jsonl file. Raises UserError where it is missing."""
+    if not (Path(folder) / name).exists():
         raise UserError(f"{folder}: no run folder (it would hold {name})")
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]       # the last may be torn, if the run goes on
-    try:
-        rows = [json.loads(line) for line in lines]
-        return [row for row in rows if isinstance(row["step"], int)]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: not the rows of a run ({error})") from None
+    return read_rows(Path(folder) / name)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miniclip.weights import read_json, write_json
+from miniclip.weights import write_json
 from minidiff.text_to_image import TextToImage
 
 from . import report
@@ -29,7 +29,16 @@ from .data.augment import jitter
 from .data.folder import CaptionedImages
 from .data.grid import grid_columns, save_grid
 from .errors import UserError
-from .run.cli import MAX_SEED, check_flags, flag, model_folder, parse_flags, pick_device, start
+from .run.cli import (
+    MAX_SEED,
+    check_flags,
+    flag,
+    model_folder,
+    parse_flags,
+    pick_device,
+    read_settings,
+    start,
+)
 from .run.log import Progress
 
 
@@ -55,7 +64,7 @@ def main(cfg: EvaluateConfig) -> None:
     check_flags(cfg)
     folder = Path(cfg.run)
     model = TextToImage.load(model_folder(cfg.run)).to(pick_device(cfg.device))
-    settings = read_json(folder / "config.json")
+    settings = read_settings(folder, data=str, caption_column=str)
     data = CaptionedImages(cfg.data or settings["data"], size=model.drawn_size,
                            channels=model.format.channels, caption_column=settings["caption_column"])
     parts, results = [], {}

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from miniclip.image_text import ImageTextModel
 from miniclip.retrieval import RECALL_AT, chance_of_counts, ranks
-from miniclip.weights import atomic_write, read_json, write_json
+from miniclip.weights import atomic_write, write_json
 
 from . import report
 from .data.batches import load_image, readable
@@ -38,7 +38,7 @@ from .data.grid import save_grid
 from .data.pairs import Pairs, caption_columns_of, list_pairs
 from .errors import DataError, UserError
 from .pages import WAYS
-from .run.cli import MAX_SEED, check_flags, flag, parse_flags, pick_device, start
+from .run.cli import MAX_SEED, check_flags, flag, parse_flags, pick_device, read_settings, start
 from .run.log import Progress
 
 
@@ -109,8 +109,8 @@ def check(cfg: EvaluateConfig) -> None:
 
 def read_run(out: Path) -> tuple[Pairs, Pairs, str]:
     """The pairs a run was trained on, those to ask about, both without pixels, and a word for the latter."""
-    settings = read_json(out / "config.json")
-    data, hold_out = settings["data"], settings.get("hold_out", "")
+    settings = read_settings(out, data=str, caption_column=str, size=int, seed=int)
+    data, hold_out = settings["data"], str(settings.get("hold_out") or "")
     columns = caption_columns_of(data, settings["caption_column"], hold_out)
     index = out if settings.get("stream") else None
     train, test = list_pairs(data, settings["size"], columns, hold_out, settings["seed"], index).split()

@@ -13,13 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miniclip.weights import atomic_write
+from miniclip.files import atomic_write, is_texts, read_json, shown
+from miniclip.weights import load_pickle, load_strict, skip_init
 
 from .errors import UserError
 from .run.cli import command
 
 SIZE = 64           # images are resized to this
 NONE = "none"       # the name of an image that shows no character
+MOST_NAMES, MOST_WIDTH = 100_000, 512       # of a judge's file
 
 
 class GlyphClassifier(nn.Module):
@@ -71,14 +73,19 @@ def save_judge(model: GlyphClassifier, out: Path, report: dict) -> None:
 
 
 def load_judge(folder) -> GlyphClassifier:
-    """A judge that `python -m train.judge --out folder` trained; UserError when there is none."""
+    """A judge that `python -m train.judge --out folder` trained. Raises UserError when there is none, and
+    WeightsError for files that are damaged."""
     config, weights = Path(folder) / "judge.json", Path(folder) / "judge.pt"
     try:
-        fields = json.loads(config.read_text(encoding="utf-8"))
-        model = GlyphClassifier(fields["names"], fields["width"])
-        model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        fields, tensors = read_json(config), load_pickle(weights)
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: no such file; train a judge with {command('judge')}") from None
-    except Exception as error:  # noqa: BLE001  whatever a broken file raises
-        raise UserError(f"{folder}: not a judge ({type(error).__name__}: {error})") from None
+        raise UserError(f"{error}; train a judge with {command('judge')}") from None
+    names, width = fields.get("names"), fields.get("width")
+    good = is_texts(names) and len(names) <= MOST_NAMES and type(width) is int and 0 < width <= MOST_WIDTH
+    if not good:
+        raise UserError(f"{config}: names = {shown(names)}, width = {shown(width)}: at most {MOST_NAMES} "
+                        f"texts and a number from 1 to {MOST_WIDTH}")
+    with skip_init():
+        model = GlyphClassifier(names, width)
+    load_strict(model, tensors, str(weights))
     return model.eval()

@@ -286,9 +286,9 @@ def _read_format(path: Path) -> tuple[Scaling, list[str]]:
 
 
 def _numbers(value: Any) -> list[float] | None:
-    """A list of F finite numbers, or None."""
+    """A list of F numbers that are not huge, or None."""
     good = isinstance(value, list) and len(value) == FEATURES and all(
-        type(n) in (int, float) and math.isfinite(n) for n in value)
+        type(n) in (int, float) and abs(n) <= 1e6 for n in value)
     return [float(n) for n in value] if good else None
 
 

@@ -1,4 +1,4 @@
-"""One image from a file: bounded before it is decoded, and as a tensor of the size that a model wants.
+"""One image from a file, as a tensor of the size that a model wants; miniclip/picture.py bounds and opens it.
 
 Read first of train/data. Every file is hostile until parsed, and fails with one clear line.
 Shapes: C channels, H height, W width; uint8 0..255.
@@ -6,23 +6,19 @@ Shapes: C channels, H height, W width; uint8 0..255.
 
 from __future__ import annotations
 
-import io
 import math
-import stat
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from miniclip.picture import ImageError, formats, picture_file
+
 from ..errors import DataError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow knows dozens more, each a parser to attack
-SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-MAX_PIXELS = 64 * 2**20         # of one image, from its header
-MAX_FILE_BYTES = 512 * 2**20
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff",
+            *([".avif"] if "AVIF" in formats() else [])}
 MAX_SIDE = 8192                 # of the tensors made here
 MIN_SIDE = 64                   # of what is read at its own size
 
@@ -47,8 +43,8 @@ def read_whole(path, channels: int, most: int | None = None) -> torch.Tensor:
         scale = min(1.0, (most or math.inf) / max(image.size))
         width, height = (max(1, round(side * scale)) for side in image.size)
         if not (MIN_SIDE <= min(width, height) and max(width, height) <= MAX_SIDE):
-            raise DataError(f"{path}: {image.width}x{image.height} pixels: each side must be {MIN_SIDE} to "
-                            f"{MAX_SIDE}")
+            raise ImageError(f"{path}: {image.width}x{image.height} pixels: each side must be {MIN_SIDE} to "
+                             f"{MAX_SIDE}")
         return fitted(image, (height, width), channels)
 
     return guarded(path, whole)
@@ -57,23 +53,12 @@ def read_whole(path, channels: int, most: int | None = None) -> torch.Tensor:
 def guarded(path, use: Callable[[Image.Image], torch.Tensor]) -> torch.Tensor:
     """What `use` makes of the picture in a file; whatever is wrong with the file is a DataError that names
     it."""
-    path = Path(path)
-    data = read_bytes(path, MAX_FILE_BYTES)
-    if not data:
-        raise DataError(f"{path}: the file is empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return use(_decode(path, data))
-    except DataError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DataError(f"{path}: too many pixels, more than the limit of {MAX_PIXELS}") from None
-    except Image.UnidentifiedImageError:
-        raise DataError(f"{path}: not a picture in one of the formats {' '.join(FORMATS)}") from None
-    except Exception as error:  # noqa: BLE001  a broken file makes Pillow raise nearly anything
-        raise DataError(f"{path}: broken picture ({type(error).__name__}: {str(error)[:120]})") from None
+        with picture_file(path) as image:
+            image.load()
+            return use(ImageOps.exif_transpose(image))
+    except ImageError as error:
+        raise DataError(error) from None
 
 
 def fitted(image: Image.Image, size: tuple[int, int], channels: int, fit: str = "pad") -> torch.Tensor:
@@ -97,14 +82,6 @@ def check_format(size, channels: int, fit: str) -> tuple[int, int]:
     if fit not in ("pad", "crop"):
         raise DataError(f"fit {fit!r}: must be 'pad' or 'crop'")
     return height, width
-
-
-def _decode(path: Path, data: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header only
-    if image.width * image.height > MAX_PIXELS:
-        raise DataError(f"{path}: {image.width}x{image.height} pixels, more than the limit of {MAX_PIXELS}")
-    image.load()
-    return ImageOps.exif_transpose(image)
 
 
 def on_white(image: Image.Image, channels: int) -> Image.Image:
@@ -137,18 +114,3 @@ def _crop(image: Image.Image, height: int, width: int) -> Image.Image:
     # cut and resize in one step: resizing a long thin picture first could need gigabytes
     box = (max(0.0, left), max(0.0, top), min(image.width, left + w), min(image.height, top + h))
     return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
-
-
-def read_bytes(path: Path, limit: int) -> bytes:
-    """All of a plain file. Raises DataError for anything else, for more than `limit` bytes,
-    and where it cannot be read."""
-    try:
-        info = path.stat()
-        if not stat.S_ISREG(info.st_mode):  # a pipe or a device would block or never end
-            raise DataError(f"{path}: is not a plain file")
-        if info.st_size > limit:
-            raise DataError(f"{path}: {info.st_size} bytes, more than the limit of {limit}")
-        with open(path, "rb") as file:
-            return file.read(limit + 1)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None

@@ -92,7 +92,7 @@ def list_pairs(root: str, size: int, columns: list[str], hold_out: str = "", see
     there = columns_of(root)
     if equals and there and not find_column(there, name):
         raise UserError(f"--hold-out {hold_out}: no column {name!r} in captions.csv; it has "
-                        f"{', '.join(there)}")
+                        f"{', '.join(there):.200}")
     wanted = [*columns, name] if equals else columns
     folders = [CaptionedImages(root, size=size, channels=3, caption_column=column,
                                index=index / f"index.{i}.json" if index else None)
@@ -124,7 +124,7 @@ def matching(values: list[str], name: str, value: str) -> list[bool]:
     if not any(held_out) or all(held_out):
         known = ", ".join(list(dict.fromkeys(values))[:10])
         raise UserError(f"--hold-out {name}={value}: leaves nothing to "
-                        f"{'test' if not any(held_out) else 'train'}; {name} holds {known}")
+                        f"{'test' if not any(held_out) else 'train'}; {name} holds {known:.200}")
     return held_out
 
 

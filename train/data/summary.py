@@ -8,9 +8,7 @@ broken file raises.
 
 import hashlib
 import os
-import stat
 import unicodedata
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,15 +16,16 @@ from typing import NamedTuple
 
 from PIL import Image, ImageChops
 
-from .image import FORMATS, SUFFIXES, on_white
+from miniclip.picture import ImageError, picture_file
+
+from .image import SUFFIXES, on_white
 
 LOOK = 2_000                # pictures opened
 PIXELS = 24 * 2**20         # decoded to see whether they are in colour
 BYTES = 128 * 2**20         # read to find copies
 NAMES = 500_000             # files counted
 UNREAD = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".ico", ".pdf", ".eps", ".dng",
-          ".cr2",
-          ".cr3", ".nef", ".arw", ".orf", ".raf", ".raw"}   # pictures, but none that Pillow reads safely
+          ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".raw"} - SUFFIXES    # none that is read safely
 
 
 class Look(NamedTuple):
@@ -68,22 +67,16 @@ def look(files: list[str]) -> list[Look]:
 
 def look_at(file: str, pixels: int) -> Look:
     """Decodes it if that costs no more than so many pixels; else only its header is read."""
-    length = 0
+    length = os.path.getsize(file) if os.path.isfile(file) else 0
     try:
-        info = os.stat(file)
-        length = info.st_size
-        if not stat.S_ISREG(info.st_mode):      # a pipe would block
-            return Look(file, length, problem="not a plain file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(file, formats=FORMATS) as image:
-                width, height = image.size
-                cost = width * height // (4 if image.format == "JPEG" else 1)
-                if cost > pixels:
-                    return Look(file, length, width, height)
-                return Look(file, length, width, height, in_colour(image), cost)
-    except Exception as error:  # noqa: BLE001  a broken file makes Pillow raise nearly anything
-        return Look(file, length, problem=f"{type(error).__name__}: {str(error)[:120]}")
+        with picture_file(file) as image:
+            width, height = image.size
+            cost = width * height // (4 if image.format == "JPEG" else 1)
+            if cost > pixels:
+                return Look(file, length, width, height)
+            return Look(file, length, width, height, in_colour(image), cost)
+    except ImageError as error:
+        return Look(file, length, problem=str(error).removeprefix(f"{file}: "))
 
 
 def in_colour(image: Image.Image) -> bool:

@@ -16,16 +16,19 @@ import unicodedata
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
-from miniclip.weights import WeightsError, atomic_write
+from miniclip.files import WeightsError, atomic_write, parse_json, read_bytes, shown
 
 from ..errors import DataError
-from .image import SUFFIXES, read_bytes
+from .image import SUFFIXES
 
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
 # columns that train_clip takes for no captions unless they are named
 NO_CAPTIONS = ("file", "image", "artist", "author", "licence", "license", "source", "url", "split", "id")
 MAX_CSV_BYTES = 64 * 2**20
+MAX_CELLS = 8_000_000
+MAX_COLUMNS = 1_000
 MAX_PICTURES = 1_000_000
+MAX_INDEX_BYTES = 256 * 2**20
 
 
 class Captioned(NamedTuple):
@@ -60,7 +63,7 @@ def _tidy(text) -> str:
 def columns_of(root) -> list[str]:
     """The names of the columns of root/captions.csv; none if there is no such table."""
     table = Path(root) / "captions.csv"
-    return list(_open(table).fieldnames) if table.exists() else []
+    return list(open_table(table).fieldnames) if table.exists() else []
 
 
 def caption_columns(root, besides: str = "") -> list[str]:
@@ -87,11 +90,11 @@ def find_column(there: list[str], *names: str) -> str | None:
 
 
 def _known(there: list[str]) -> str:
-    return f"its columns are: {', '.join(map(repr, there)) or 'none'}"
+    return f"its columns are: {', '.join(map(repr, there)) or 'none':.200}"
 
 
 def _from_csv(root: Path, table: Path, caption_column: str) -> list[Captioned]:
-    rows = _open(table)
+    rows = open_table(table)
     pictures = []
     try:
         file = find_column(rows.fieldnames, "file", "image")
@@ -100,15 +103,15 @@ def _from_csv(root: Path, table: Path, caption_column: str) -> list[Captioned]:
                             "the pictures so")
         column = find_column(rows.fieldnames, caption_column)
         if column is None:
-            raise DataError(f"{table}: no column {caption_column!r}; {_known(rows.fieldnames)} (training "
-                            "takes any of them with --caption-column)")
+            raise DataError(f"{table}: no column {shown(caption_column)}; {_known(rows.fieldnames)} "
+                            "(training takes any of them with --caption-column)")
         for row in rows:
             where = f"{table}, line {rows.line_num}"
             counts = _counts(row, rows, where)
             path = _locate(root, row[file], where)
             caption = _tidy(row[column])
             if not caption:
-                raise DataError(f"{where}: empty {column!r} for file {row[file]!r}{counts}")
+                raise DataError(f"{where}: empty {shown(column)} for file {shown(row[file])}{counts}")
             pictures.append(Captioned(path, caption))
             if len(pictures) > MAX_PICTURES:
                 raise DataError(f"{table}: more than {MAX_PICTURES} rows")
@@ -117,15 +120,18 @@ def _from_csv(root: Path, table: Path, caption_column: str) -> list[Captioned]:
     return pictures
 
 
-def _open(table: Path) -> csv.DictReader:
+def open_table(table: Path) -> csv.DictReader:
     """The rows of a table, split at commas, or at the semicolons or tabs with which its header has a column
-    `file`."""
+    `file`. Raises DataError."""
     text = _read_text(table)
     try:
         # at last, commas again: the header for the error to show
         for delimiter in [*DELIMITERS, ","]:
             rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-            rows.fieldnames = [_tidy(name) for name in rows.fieldnames or []]
+            names = rows.fieldnames or []
+            if len(names) > MAX_COLUMNS:
+                raise DataError(f"{table}, line 1: {len(names)} columns, the limit is {MAX_COLUMNS}")
+            rows.fieldnames = [_tidy(name) for name in names]
             if find_column(rows.fieldnames, "file", "image"):
                 break
     except csv.Error as error:
@@ -139,7 +145,7 @@ def _counts(row: dict, rows: csv.DictReader, where: str) -> str:
     extra, columns = row.get(None, []), len(rows.fieldnames)
     missing = sum(value is None for value in row.values())
     counts = f"fields in this row: {columns + len(extra) - missing}, columns in the header: {columns}"
-    if any(map(_tidy, extra)):
+    if any(map(str.strip, extra)):
         raise DataError(f"{where}: {counts}; put a caption that holds "
                         f"{DELIMITERS[rows.reader.dialect.delimiter]} "
                         'in double quotes, like "this, here", with no space before them')
@@ -147,12 +153,16 @@ def _counts(row: dict, rows: csv.DictReader, where: str) -> str:
 
 
 def _read_text(path: Path) -> str:
-    data = read_bytes(path, MAX_CSV_BYTES)
     try:
-        return data.decode("utf-8-sig")  # Excel puts a byte-order mark in front
+        text = read_bytes(path, MAX_CSV_BYTES).decode("utf-8-sig")  # Excel puts a byte-order mark in front
+    except WeightsError as error:
+        raise DataError(error) from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 (byte {error.object[error.start]:#04x} at offset {error.start}); "
-                        "save it as UTF-8") from None
+        raise DataError(f"{path}: not UTF-8 (byte {error.object[error.start]:#04x} at offset "
+                        f"{error.start}); save it as UTF-8") from None
+    if max(map(text.count, DELIMITERS)) > MAX_CELLS:        # before rows are made of them
+        raise DataError(f"{path}: more than {MAX_CELLS} cells are refused; leave out columns")
+    return text
 
 
 def _locate(root: Path, name: str | None, where: str) -> Path:
@@ -161,18 +171,18 @@ def _locate(root: Path, name: str | None, where: str) -> Path:
     if not name:
         raise DataError(f"{where}: empty file name")
     if "\0" in name or name.startswith("/") or PureWindowsPath(name).drive:
-        raise DataError(f"{where}: file {name!r} must be a path relative to {root}")
+        raise DataError(f"{where}: file {shown(name)} must be a path relative to {root}")
     try:
         for form in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
             path = root / form  # zip files from macOS spell é or が with two code points: try both
             if path.is_file():
                 break
         else:
-            raise DataError(f"{where}: no such file {name!r} in {root}")
+            raise DataError(f"{where}: no such file {shown(name)} in {root}")
         if not path.resolve().is_relative_to(root.resolve()):
-            raise DataError(f"{where}: file {name!r} lies outside {root}")
+            raise DataError(f"{where}: file {shown(name)} lies outside {root}")
     except (OSError, RuntimeError) as error:  # a name too long for the disk, a loop of links
-        raise DataError(f"{where}: file {name!r} cannot be read ({type(error).__name__})") from None
+        raise DataError(f"{where}: file {shown(name)} cannot be read ({type(error).__name__})") from None
     return path
 
 
@@ -201,12 +211,11 @@ def list_indexed(root: Path, caption_column: str, index: Path) -> list[Captioned
         return list_captioned(root, caption_column)
     info = table.stat()
     made_of = [str(root.resolve()), caption_column, info.st_size, info.st_mtime_ns]
-    try:
-        kept = json.loads(index.read_text(encoding="utf-8"))
-        if kept["made_of"] == made_of:
-            return [Captioned(root / name, caption) for name, caption in kept["pictures"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass                                            # not there yet, or damaged: made again
+    # not there yet, or damaged: made again
+    with contextlib.suppress(WeightsError, LookupError, TypeError, ValueError):
+        kept = parse_json(read_bytes(index, MAX_INDEX_BYTES), str(index))
+        if kept.get("made_of") == made_of:
+            return [_kept(root, name, caption) for name, caption in kept["pictures"]]
     pictures = list_captioned(root, caption_column)
     rows = [[p.path.relative_to(root).as_posix(), p.caption] for p in pictures]
     # it only saves time: a full or read-only disk may do without
@@ -214,3 +223,11 @@ def list_indexed(root: Path, caption_column: str, index: Path) -> list[Captioned
         text = json.dumps({"made_of": made_of, "pictures": rows}, ensure_ascii=False)
         file.write(text.encode("utf-8"))
     return pictures
+
+
+def _kept(root: Path, name: str, caption: str) -> Captioned:
+    """One row of an index. Raises ValueError for what `list_captioned` would not have put there."""
+    inside = isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
+    if not (inside and "\0" not in name and isinstance(caption, str) and caption):
+        raise ValueError(name)
+    return Captioned(root / name, caption)

@@ -7,18 +7,23 @@ Read after state.py. Knows of a checkpoint only that it is a dict of tensors and
 from __future__ import annotations
 
 import os
-import zipfile
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from miniclip.files import open_zip, shown
 from miniclip.weights import WeightsError, atomic_write, read_pickle
 
 from ..errors import UserError
 
-PARTS = ("model", "optimizers", "ema", "step", "config")        # what a checkpoint of ours has at least
+PARTS = {"model": dict, "optimizers": list, "ema": list, "step": int, "config": dict, "dice": Tensor,
+         "rng": Tensor}                                         # what a checkpoint has at least
+OTHERS = {"data": dict, "best": (int, float), "scaler": dict, "cuda_rng": (Tensor, type(None))}
+OLDER = re.compile(r"checkpoint\.\d{1,9}\.pt", re.ASCII)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -33,17 +38,24 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Tensors and plain values only; a pickle that would run code is refused,
-    and so is one with a changed byte."""
+    and so are one with a changed byte and parts of the wrong type. Raises WeightsError.
+
+    What the parts hold is for `TrainState.check`, which knows the model.
+    """
     state = read_pickle(path)
-    try:
-        damaged = zipfile.ZipFile(path).testzip()
-    except Exception as error:              # zipfile raises nearly anything on a damaged archive
-        damaged = type(error).__name__
+    with open_zip(path) as archive:
+        damaged = archive.testzip()
     if damaged:
-        raise UserError(f"{path}: damaged, its checksums are wrong ({damaged})")
+        raise WeightsError(f"{path}: damaged, its checksums are wrong ({shown(damaged)})")
     missing = [name for name in PARTS if not isinstance(state, dict) or name not in state]
     if missing:
-        raise UserError(f"{path}: not a checkpoint of a training run (no {', '.join(missing)})")
+        raise WeightsError(f"{path}: not a checkpoint of a training run (no {', '.join(missing)})")
+    for name, kind in {**PARTS, **OTHERS}.items():
+        if name in state and (not isinstance(state[name], kind) or isinstance(state[name], bool)):
+            raise WeightsError(f"{path}: {name} is a {type(state[name]).__name__}, not what a run saves")
+    for name, value in {**state["config"], **state.get("data", {})}.items():
+        if not isinstance(name, str) or not isinstance(value, (str, int, float, type(None))):
+            raise WeightsError(f"{path}: {shown(name)} is a {type(value).__name__}, not what a run saves")
     return state
 
 
@@ -73,16 +85,19 @@ class Checkpoints:
                     os.replace(younger, older)
             os.replace(self.arriving, self.kept[0])
 
-    def load(self, say: Callable[[str], None]) -> dict[str, Any]:
-        """The newest that is whole; each that is not costs a line."""
-        older = sorted(self.folder.glob("checkpoint.[0-9]*.pt"),
-                       key=lambda path: int(path.name.split(".")[1]))
+    def load(self, say: Callable[[str], None],
+             check: Callable[[dict[str, Any]], None] = lambda state: None) -> dict[str, Any]:
+        """The newest that is whole and has nothing that `check` calls damaged; any other costs a line."""
+        older = [path for path in self.folder.glob("checkpoint.*.pt") if OLDER.fullmatch(path.name)]
+        older.sort(key=lambda path: int(path.name.split(".")[1]))
         problem = f"there is no {self.kept[0]}"
         for path in (self.arriving, self.kept[0], *older, self.best):
             if path.exists():
                 try:
-                    return load_checkpoint(path)
-                except (UserError, WeightsError) as error:
-                    problem = str(error)
+                    state = load_checkpoint(path)
+                    check(state)
+                    return state
+                except WeightsError as error:
+                    problem = str(error) if str(path) in str(error) else f"{path}: {error}"
                     say(f"warning: {problem}; trying the checkpoint before it")
         raise UserError(f"--resume: {problem}")

@@ -23,12 +23,14 @@ import torch.distributed as dist
 
 from miniclip.command import flush_output, is_closed_pipe
 from miniclip.config import ConfigError
+from miniclip.files import shown
 from miniclip.weights import WeightsError, read_json
 
 from ..errors import DataError, UserError
 
 MANY = 10**9                # the most of any number whose flag names no upper limit
 MAX_SEED = 2**63 - 1        # what torch.Generator takes
+MAX_TEXT = 10_000           # characters of a setting
 START_ONLY = ("resume", "overwrite")        # flags that say how a run starts and are no settings of it
 
 
@@ -169,14 +171,28 @@ def settings_of(out: Path, settings_class: type) -> dict[str, Any]:
             return {}
         raise UserError(f"--resume: no {path} to take the run's settings from; is --out {out} its folder? "
                         "(A file that holds {} leaves all settings to the flags.)")
-    fields, values = {f.name: f for f in dataclasses.fields(settings_class)}, read_json(path)
+    fields, values = {f.name: f for f in dataclasses.fields(settings_class)}, read_settings(out)
     for name, value in values.items():
         if name not in fields:
-            raise UserError(f"--resume: {path}: {name} is no setting of {module_of(settings_class)}; "
+            raise UserError(f"--resume: {path}: {name:.200} is no setting of {module_of(settings_class)}; "
                             "is this a run of another script?")
         if problem := problem_with(value, hints[name], fields[name].metadata):
-            raise UserError(f"--resume: {path}: {name} = {value!r}: {problem}")
+            raise UserError(f"--resume: {path}: {name} = {shown(value)}: {problem}")
     return {name: value for name, value in values.items() if name not in ("out", *START_ONLY)}
+
+
+def read_settings(out: Path, **needed: type) -> dict[str, Any]:
+    """The settings in a run folder's config.json: texts, numbers, true and false. needed: those that have to
+    be there, and their types. Raises WeightsError that names file, setting and value."""
+    path, values = out / "config.json", read_json(out / "config.json")
+    for name, value in values.items():
+        number = type(value) in (int, float) and abs(value) <= MAX_SEED
+        if not (number or isinstance(value, (str, bool, type(None))) and len(str(value)) <= MAX_TEXT):
+            raise WeightsError(f"{path}: {shown(name)} = {shown(value)}: no setting has such a value")
+    for name, kind in needed.items():
+        if type(values.get(name)) is not kind:
+            raise WeightsError(f"{path}: {name} = {shown(values.get(name))} is not of type {kind.__name__}")
+    return values
 
 
 def command(script: str, **flags: Any) -> str:

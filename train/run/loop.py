@@ -48,14 +48,14 @@ class Run:
         self.resumed_at = resume(cfg, state, self.checkpoints, ranks) if cfg.resume else None
         begin(cfg, self.out, ranks)
         self.metrics = self._open("metrics.jsonl")
-        self.speed = Speed(self._open("speed.jsonl"), ranks.device, cfg.steps, cfg.batch)
+        self.speed = Speed(self._open("speed.jsonl", "seconds"), ranks.device, cfg.steps, cfg.batch)
         self.evaluations = evaluation_steps(cfg.steps, evaluations)
         self.loss, self.error = math.nan, math.inf  # smoothed; of this step's evaluation
         self.stop, self.stopping = StopFlag(), False
         self.progress = Progress(cfg.steps, state.step)
 
-    def _open(self, name: str) -> Metrics:
-        return Metrics(self.out / name if self.ranks.main else None, self.resumed_at)
+    def _open(self, name: str, *needed: str) -> Metrics:
+        return Metrics(self.out / name if self.ranks.main else None, self.resumed_at, ("step", *needed))
 
     def steps(self) -> Iterator[int]:
         """Each step from where the run stands to cfg.steps, at which nothing is trained any more."""
@@ -152,7 +152,7 @@ def resume(cfg: TrainSettings, state: TrainState, checkpoints: Checkpoints, rank
     """Puts the newest good checkpoint back and returns its step, the same in all processes."""
     saved, problem = None, ""
     try:
-        saved = checkpoints.load(ranks.print0)
+        saved = checkpoints.load(ranks.print0, lambda found: state.check(found, cfg.may_change()))
     except UserError as error:
         problem = str(error)
     if len(ranks.union([str(saved and saved["step"])])) > 1:

@@ -8,18 +8,23 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from miniclip.files import reason, shown
+from miniclip.weights import WeightsError
+
 from ..errors import UserError
-from .cli import START_ONLY
+from .cli import MANY, START_ONLY
 from .distributed import clip_gradients, gather_full, local_part, shard_like
 
 # What checkpoints of earlier versions called parts of the model, and what these are called now
 RENAMED = (("matcher.", ""), ("bias.0", "criterion.logit_bias"))
+# What optimizers keep of each parameter
+KEPT = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum"}}
 
 
 class EMA:
@@ -131,6 +136,42 @@ class TrainState:
             "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
         }
 
+    def check(self, saved: dict[str, Any], may_change: Iterable[str]) -> None:
+        """Raises WeightsError for a checkpoint with parts that `restore` could not put back,
+        before anything is touched; UserError for one of another run. saved: of `load_checkpoint`."""
+        self._check_same_run(saved, set(may_change))
+        try:
+            problem = next(self._problems(saved), "")
+        except Exception as error:  # noqa: BLE001  what is of a wrong type inside
+            problem = f"{type(error).__name__}: {reason(error)}"
+        if problem:
+            raise WeightsError(f"damaged: {' '.join(problem.split())}")
+
+    def _problems(self, saved: dict[str, Any]) -> Iterator[str]:
+        """What is wrong with the parts of a checkpoint, in words."""
+        planned = saved["config"].get("steps", MANY)
+        if type(planned) is not int or not 0 <= saved["step"] <= planned <= MANY:
+            yield f"step {saved['step']} of {shown(planned)}"
+        own = self.model.state_dict()
+        weights = current_names(saved["model"])
+        yield from misfits("model", weights, own)
+        if missing := [name for name in own if name not in weights and name not in self._frozen()]:
+            yield f"model has no {missing[0]}"
+        if self.ema.decay:
+            yield from misfits("ema", dict(enumerate(saved["ema"])), dict(enumerate(self.ema.mean)))
+            if len(saved["ema"]) != len(self.ema.mean):
+                yield f"ema has {len(saved['ema'])} tensors, not {len(self.ema.mean)}"
+        if len(saved["optimizers"]) != len(self.optimizers):
+            yield f"{len(saved['optimizers'])} optimizers, not {len(self.optimizers)}"
+        for optimizer, values in zip(self.optimizers, saved["optimizers"]):
+            yield from optimizer_problems(optimizer, values)
+        if self.scaler.is_enabled():
+            yield from unlike("scaler", saved.get("scaler", {}), self.scaler.state_dict())
+        for name in ("dice", "rng"):
+            torch.Generator().set_state(saved[name])                    # raises for what is no state of one
+        if isinstance(saved.get("cuda_rng"), Tensor) and torch.cuda.is_initialized():
+            torch.Generator("cuda").set_state(saved["cuda_rng"])
+
     def restore(self, saved: dict[str, Any], may_change: Iterable[str]) -> None:
         """Puts a checkpoint back. Raises UserError for settings and data that shape training and are not
         those of it."""
@@ -150,16 +191,15 @@ class TrainState:
     def _check_same_run(self, saved: dict[str, Any], may_change: set[str]) -> None:
         for name, value in self.config.items():
             if name not in may_change and saved["config"].get(name, value) != value:
-                raise UserError(f"--resume: this run was trained with {name} = {saved['config'][name]}, not "
+                was = saved["config"][name]
+                raise UserError(f"--resume: this run was trained with {name} = {was!s:.200}, not "
                                 f"{value}")
         if saved.get("data", self.data) != self.data:
-            raise UserError(f"--resume: the data is not what this run was trained on ({saved['data']}, now "
-                            f"{self.data})")
+            raise UserError(f"--resume: the data is not what this run was trained on "
+                            f"({shown(saved['data'])}, now {self.data})")
 
     def _restore_weights(self, saved: dict[str, Tensor]) -> None:
-        for old, new in RENAMED:
-            saved = {new + name[len(old):] if name.startswith(old) else name: value
-                     for name, value in saved.items()}
+        saved = current_names(saved)
         mine = self.model.state_dict()
         weights = {name: shard_like(value, mine[name]) if name in mine else value
                    for name, value in saved.items()}
@@ -169,6 +209,64 @@ class TrainState:
 
     def _frozen(self) -> set[str]:
         return {name for name, p in self.model.named_parameters() if not p.requires_grad}
+
+
+def current_names(saved: dict[str, Any]) -> dict[str, Any]:
+    """The weights of a model by the names of today, those of older checkpoints translated."""
+    for old, new in RENAMED:
+        saved = {new + name[len(old):] if name.startswith(old) else name: value
+                 for name, value in saved.items()}
+    return saved
+
+
+def misfits(what: str, saved: dict[Any, Any], own: dict[Any, Tensor]) -> Iterator[str]:
+    """Which of the saved values are no dense tensors of the shape and kind of ours."""
+    for name, value in saved.items():
+        plain = isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+        if not plain or value.is_quantized:
+            yield f"{what} {shown(name)} is a {type(value).__name__}, not a dense tensor"
+        elif name not in own:
+            yield f"{what} has {shown(name)}, which this model has not"
+        elif value.shape != own[name].shape or value.is_complex() != own[name].is_complex():
+            yield f"{what} {shown(name)} is {list(value.shape)}, not {list(own[name].shape)}"
+
+
+def optimizer_problems(optimizer: torch.optim.Optimizer, saved: Any) -> Iterator[str]:
+    """What keeps a saved state from being loaded into an optimizer, in words."""
+    kind, own = type(optimizer).__name__, optimizer.state_dict()["param_groups"]
+    groups = [dict(group) for group in dict(saved)["param_groups"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if [group["params"] for group in groups] != [group["params"] for group in own]:
+        yield f"the parameters of {kind} are others"
+    for mine, theirs in zip(own, groups):
+        yield from unlike(f"{kind}'s", theirs, {k: v for k, v in mine.items() if k != "params"})
+    for i, values in saved["state"].items():
+        if type(i) is not int or not 0 <= i < len(parameters) or not KEPT.get(kind, set()) <= values.keys():
+            yield f"the state of {kind}'s parameter {shown(i)} is not whole"
+            return
+        tensors = {name: value for name, value in values.items() if name != "step"}
+        yield from misfits(f"{kind}'s {i}", tensors, dict.fromkeys(tensors, parameters[i]))
+        if not is_amount(values.get("step", 0)):
+            yield f"{kind}'s step of parameter {i} is not a number from 0 on"
+
+
+def unlike(what: str, saved: dict[str, Any], own: dict[str, Any]) -> Iterator[str]:
+    """Which of our plain values have a saved one of another kind, or, of numbers and texts alone, none."""
+    for name, mine in own.items():
+        value = saved.get(name)
+        switch = mine is None or type(mine) is bool         # which not every torch has
+        if is_amount(mine) and not is_amount(value) or switch and value is not mine and value is not None:
+            yield f"{what} {name} is {shown(value)}, not like {shown(mine)}"
+        elif type(mine) in (list, tuple) and not (type(value) in (list, tuple) and len(value) == len(mine)
+                                                  and all(is_amount(v) and v < 1 for v in value)):     # betas
+            yield f"{what} {name} is {shown(value)}, not like {shown(mine)}"
+
+
+def is_amount(value: Any) -> bool:
+    """A finite number from 0 on, or a tensor that holds one; neither true nor false."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and value.layout is torch.strided and 0 <= value.item() < math.inf
+    return type(value) is float and 0 <= value < math.inf or type(value) is int and 0 <= value <= MANY
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
