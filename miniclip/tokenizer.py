@@ -39,7 +39,7 @@ END = "</w>"  # closes the last symbol of a word, so that "a" alone and "a" insi
 OPENAI_MERGES = 49152 - 256 - 2  # OpenAI's file lists 262,144 merges; CLIP takes the first 48,894
 MAX_FILE_BYTES = 64 * 2**20
 MAX_LINES = 1_000_000
-LETTERS_AT_ONCE = 10_000  # bytes that are merged together; a longer word is merged alone
+LETTERS_AT_ONCE = 10_000  # bytes that are merged together
 MOST_WORDS = 50_000  # that are remembered before all are forgotten
 
 
@@ -173,16 +173,19 @@ def merge(symbols: list[str | None], merges: list[tuple[str, str]],
 
     while heap:
         rank = heapq.heappop(heap)
-        first, second = merges[rank]
+        (first, second), joined = merges[rank], []
+        both = first + second
         for i in sorted(places.pop(rank)):
             j = after[i]
-            if symbols[i] != first or symbols[j] != second:  # one of them is part of another symbol by now
-                continue
-            symbols[i], symbols[j] = first + second, ""
-            h, k = before[i], after[j]
-            after[i], before[k] = k, i
-            note(h, (symbols[h], symbols[i]))
-            note(i, (symbols[i], symbols[k]))
+            if symbols[i] == first and symbols[j] == second:  # neither is part of another symbol by now
+                symbols[i], symbols[j] = both, ""
+                k = after[i] = after[j]
+                before[k] = i
+                joined.append(i)
+        for i in joined:
+            note(before[i], (symbols[before[i]], both))
+            if symbols[after[i]] != both:  # which notes that pair itself
+                note(i, (both, symbols[after[i]]))
     return [symbol for symbol in symbols if symbol != ""]
 
 
@@ -299,18 +302,31 @@ class CLIPTokenizer(TextHabits):
     def _forget(self) -> None:
         self._known = {token: [self.vocab[token]] for token in self.added_tokens}  # word -> ids
 
+    @functools.cached_property
+    def _links(self) -> set[str]:
+        """Two letters between which some pair is joined; between all others even a long word may be cut."""
+        return {first[-1] + second[0] for first, second in self.merges if first and second}
+
+    def _merged(self, symbols: list[str | None]) -> list[str | None]:
+        """merge(), some thousand letters at a time, which the processor's cache holds."""
+        merged, start = [], 0
+        while start < len(symbols):
+            end, links = start + LETTERS_AT_ONCE, self._links if len(symbols) > LETTERS_AT_ONCE else ()
+            while end < len(symbols) and symbols[end - 1] and symbols[end] and (
+                    symbols[end - 1][-1] + symbols[end][0] in links):
+                end += 1
+            merged += merge([*symbols[start:end], None], self.merges, self._ranks)[:-1]
+            start = end
+        return merged
+
     def _new_ids(self, words: list[str]) -> Iterator[list[int]]:
-        """Ids of each word. Some thousand letters are merged at once: short words share what that takes."""
-        id_of, symbols = self.vocab.get, []
-        for number, word in enumerate(words, 1):
-            symbols += [*spell(word), None]
-            if len(symbols) > LETTERS_AT_ONCE or number == len(words):
-                merged, start, unknown = merge(symbols, self.merges, self._ranks), 0, self.unk_token_id
-                while start < len(merged):
-                    end = merged.index(None, start)
-                    yield [id_of(symbol, unknown) for symbol in merged[start:end]]
-                    start = end + 1
-                symbols = []
+        """Ids of each word. They are merged together: many short ones share what a merge() takes."""
+        merged = self._merged([s for word in words for s in (*spell(word), None)])
+        start, id_of, unknown = 0, self.vocab.get, self.unk_token_id if words else None
+        while start < len(merged):
+            end = merged.index(None, start)
+            yield [id_of(symbol, unknown) for symbol in merged[start:end]]
+            start = end + 1
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of a text, without start and end. Short words are remembered, so each is merged once."""

@@ -407,6 +407,18 @@ def test_long_words_take_no_quadratic_time(text):
     assert t.decode(t.encode(text), skip_special_tokens=True).replace(" ", "") == clean(text)
 
 
+def test_long_words_are_cut_only_where_nothing_joins(monkeypatch):
+    r = random.Random(0)
+    t = CLIPTokenizer.train(["".join(r.choices("abcde<w/> ", k=300)) for _ in range(20)], vocab_size=700)
+    for _ in range(100):
+        text = "".join(r.choices("abcdefgh<w/> ", k=300))
+        wanted = [s for word in words(clean(text)) for s in merge_slowly(spell(word), t._ranks)]
+        for letters in (1, 7, 10_000):
+            monkeypatch.setattr("miniclip.tokenizer.LETTERS_AT_ONCE", letters)
+            t.find_added_tokens()                   # what is remembered is forgotten
+            assert t.tokenize(text) == wanted
+
+
 def test_words_are_remembered_but_not_without_end(monkeypatch):
     monkeypatch.setattr("miniclip.tokenizer.MOST_WORDS", 10)
     monkeypatch.setattr("miniclip.tokenizer.LETTERS_AT_ONCE", 20)
