@@ -91,6 +91,8 @@ def _in_order(run: re.Match) -> str:
     """Canonical order, as Unicode defines it: signs decomposed, the marks after each base sorted by class."""
     signs = "".join([unicodedata.normalize("NFD", sign) for sign in run[0]])
     bases = [i for i, sign in enumerate(signs) if not unicodedata.combining(sign)]
+    if len(bases) == len(signs):
+        return signs
     return "".join(["".join(sorted(signs[start:end], key=unicodedata.combining))
                     for start, end in zip([0, *bases], [*bases, len(signs)], strict=True)])
 
@@ -309,12 +311,13 @@ class CLIPTokenizer(TextHabits):
 
     def _merged(self, symbols: list[str | None]) -> list[str | None]:
         """merge(), some thousand letters at a time, which the processor's cache holds."""
+        def apart(left: str | None, right: str | None) -> bool:
+            return left is None or right is None or left[-1] + right[0] not in self._links
+
         merged, start = [], 0
         while start < len(symbols):
-            end, links = start + LETTERS_AT_ONCE, self._links if len(symbols) > LETTERS_AT_ONCE else ()
-            while end < len(symbols) and symbols[end - 1] and symbols[end] and (
-                    symbols[end - 1][-1] + symbols[end][0] in links):
-                end += 1
+            ends = range(start + LETTERS_AT_ONCE, min(start + 2 * LETTERS_AT_ONCE, len(symbols)))
+            end = next((i for i in ends if apart(symbols[i - 1], symbols[i])), len(symbols))
             merged += merge([*symbols[start:end], None], self.merges, self._ranks)[:-1]
             start = end
         return merged
