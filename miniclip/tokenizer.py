@@ -325,7 +325,7 @@ class CLIPTokenizer(TextHabits):
     def _new_ids(self, words: list[str]) -> Iterator[list[int]]:
         """Ids of each word. They are merged together: many short ones share what a merge() takes."""
         merged = self._merged([s for word in words for s in (*spell(word), None)])
-        start, id_of, unknown = 0, self.vocab.get, self.unk_token_id if words else None
+        start, id_of, unknown = 0, self.vocab.get, self.unk_token_id
         while start < len(merged):
             end = merged.index(None, start)
             yield [id_of(symbol, unknown) for symbol in merged[start:end]]
@@ -334,7 +334,9 @@ class CLIPTokenizer(TextHabits):
     def text_ids(self, text: str) -> list[int]:
         """Ids of a text, without start and end. Short words are remembered, so each is merged once."""
         pieces = list(self._pieces(text))
-        new = [word for word in dict.fromkeys(pieces) if word not in self._known]
+        new = list(set(pieces).difference(self._known))
+        if not new:
+            return [i for word in pieces for i in self._known[word]]
         ids = dict(zip(new, self._new_ids(new), strict=True))
         found = [i for word in pieces for i in self._known.get(word) or ids[word]]
         if len(self._known) > MOST_WORDS:
