@@ -17,7 +17,8 @@ from miniclip.habits import LeftOut, Table, settle, table
 from miniclip.weights import WeightsError
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-ADDED_NONE = re.compile(r"(?!)")            # matches nowhere: no token was added
+MOST_ADDED_LETTERS = 1_000_000             # of all added tokens together
+MOST_PADDING = 2**20                       # of tokens; upstream writes 1e30 for "no limit"
 CALL_IDLE = table({"verbose": "nothing is logged", "return_attention_mask": "None is the default, True"})
 CALL_REFUSED = table({
     "return_offsets_mapping": "texts are normalised before they are cut; places in the original are not kept",
@@ -28,6 +29,12 @@ CALL_REFUSED = table({
 
 class TokenizerError(WeightsError):
     """Tokenizer files or text that cannot be honoured; one line that says which and why."""
+
+
+def quote(value: Any) -> str:
+    """A value as a message quotes it: as Python writes it, at most 80 characters."""
+    text = repr(value[:80] if isinstance(value, (str, list)) else value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 # ---------------------------------------------------------------------------------------- what a call returns
@@ -139,6 +146,71 @@ def shorten(first: list[int], second: list[int] | None, room: int, strategy: str
     return [(windows(first, n, side)[0], windows(second, room - n, side)[0])]
 
 
+# ----------------------------------------------------------------------------------------------- added tokens
+
+
+class Search:
+    """Finds the longest of many tokens wherever one begins, in one pass over a text, however alike they are.
+
+    Aho and Corasick 1975, from right to left: a tree of the tokens spelled backwards, in which each node
+    knows where to go on if no child has the next letter, and how long the longest token is that ends there.
+    """
+
+    def __init__(self, tokens: Iterable[str]):
+        tokens = list(filter(None, tokens))
+        self.children: list[dict[str, int]] = [{}]
+        self.back, self.longest = [0], [0]
+        for token in tokens:
+            self._add(token)
+        self._link()
+        heads = zip(*(token[:2] for token in tokens))       # one letter each where a token has no more
+        heads = [f"[{re.escape(''.join(sorted(set(head))))}]" for head in heads]
+        self._maybe = re.compile("".join(heads) or "(?!)")  # a text without such letters is not walked
+
+    def _add(self, token: str) -> None:
+        node = 0
+        for letter in reversed(token):
+            node = self.children[node].setdefault(letter, len(self.children))
+            if node == len(self.children):
+                self.children.append({})
+                self.back.append(0)
+                self.longest.append(0)
+        self.longest[node] = len(token)
+        if node > MOST_ADDED_LETTERS:
+            raise TokenizerError(f"added tokens of more than {MOST_ADDED_LETTERS} letters are refused")
+
+    def _link(self) -> None:
+        """Level by level, since a node falls back to one nearer to the root."""
+        nodes = [0]
+        for node in nodes:
+            for letter, child in self.children[node].items():
+                if node:
+                    self.back[child] = self._next(self.back[node], letter)
+                self.longest[child] = self.longest[child] or self.longest[self.back[child]]
+                nodes.append(child)
+
+    def _next(self, node: int, letter: str) -> int:
+        while node and letter not in self.children[node]:
+            node = self.back[node]
+        return self.children[node].get(letter, 0)
+
+    def split(self, text: str) -> list[str]:
+        """What re.split gives for a group of the tokens, the longest first: text, token, text, token, ..."""
+        if not self._maybe.search(text):
+            return [text]
+        node, lengths = 0, []
+        for letter in reversed(text):
+            node = self._next(node, letter)
+            lengths.append(self.longest[node])
+        parts, start, place = [], 0, 0
+        while place < len(text):
+            if length := lengths[-1 - place]:
+                parts += text[start:place], text[place : place + length]
+                start = place + length
+            place += length or 1
+        return [*parts, text[start:]]
+
+
 # -------------------------------------------------------------------------------------------------- tokenizer
 
 
@@ -147,8 +219,8 @@ def _id_of(name: str) -> property:
     def get(self: Tokenizer) -> int | None:
         token = getattr(self, name)
         if token is not None and token not in self.vocab:
-            raise TokenizerError(f"{name} = {token!r} is not in the vocabulary: "
-                                 f"add_special_tokens({{{name!r}: {token!r}}}) adds it")
+            raise TokenizerError(f"{name} = {quote(token)} is not in the vocabulary: "
+                                 f"add_special_tokens({{{name!r}: {quote(token)}}}) adds it")
         return None if token is None else self.vocab[token]
 
     def put(self: Tokenizer, i: int | None) -> None:
@@ -189,11 +261,13 @@ class Tokenizer:
     ):
         beside = added_tokens if isinstance(added_tokens, dict) else {}
         self.vocab = {**vocab, **{t: i for t, i in beside.items() if t not in vocab}}
+        if not isinstance(model_max_length, int) or model_max_length < 1:
+            raise TokenizerError(f"model_max_length = {quote(model_max_length)} is not a number of tokens")
         self.model_max_length, self.extra_special_tokens = model_max_length, list(extra_special_tokens)
         self.padding_side, self.truncation_side = padding_side, truncation_side
         for name in ("padding_side", "truncation_side"):
             if getattr(self, name) not in ("left", "right"):
-                raise TokenizerError(f"{name} = {getattr(self, name)!r} is not 'left' or 'right'")
+                raise TokenizerError(f"{name} = {quote(getattr(self, name))} is not 'left' or 'right'")
         self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
         self.added_tokens = list(dict.fromkeys([*self.all_special_tokens, *added_tokens]))
         self.cleaned_tokens = dict.fromkeys(cleaned_tokens)
@@ -201,22 +275,20 @@ class Tokenizer:
         self.beside = [t for t in self.added_tokens if t not in (vocab if beside else special)]
         for token in self.added_tokens:
             if token not in self.vocab:
-                raise TokenizerError(f"vocabulary of {len(self.vocab)}: the special token {token!r} is "
+                raise TokenizerError(f"vocabulary of {len(self.vocab)}: the special token {quote(token)} is "
                                      "missing")
         self.find_added_tokens()
 
     def find_added_tokens(self) -> None:
-        """Prepares the search for added tokens, the longest first. To be called when one was added."""
+        """Prepares the search for added tokens. To be called when one was added."""
         self._symbols = {i: s for s, i in self.vocab.items()}
-        by_length = sorted(self.added_tokens, key=len, reverse=True)
-        raw = [token for token in by_length if token not in self.cleaned_tokens]
-        self._cleaned = {self.clean(t): t for t in by_length if t in self.cleaned_tokens}
-        self._raw_search, self._cleaned_search = (
-            re.compile("(" + "|".join(map(re.escape, tokens)) + ")") if tokens else ADDED_NONE
-            for tokens in (raw, list(self._cleaned)))
+        self._cleaned = {self.clean(t): t for t in self.added_tokens if t in self.cleaned_tokens}
+        self._raw_search = Search(t for t in self.added_tokens if t not in self.cleaned_tokens)
+        self._cleaned_search = Search(self._cleaned)
 
     def parts(self, text: str) -> Iterable[tuple[str, bool]]:
-        """Cuts a text where added tokens stand: (token, True), and (normalised text, False) in between."""
+        """Cuts a text where added tokens stand, the longest where several do: (token, True), and
+        (normalised text, False) in between."""
         for number, part in enumerate(self._raw_search.split(text)):
             if number % 2:
                 yield part, True
@@ -287,7 +359,7 @@ class Tokenizer:
         """Ids of a text, or of one that is given as a list of words."""
         for word in text if split else [text]:
             if not isinstance(word, str):
-                raise TokenizerError(f"text = {word!r} is a {type(word).__name__}, not a string")
+                raise TokenizerError(f"text = {quote(word)} is a {type(word).__name__}, not a string")
         return [i for word in text for i in self.text_ids(word)] if split else self.text_ids(text)
 
     # -- a call
@@ -380,6 +452,9 @@ class Tokenizer:
         width = max(lengths, default=0)
         if padding == "max_length":
             width = self.model_max_length if max_length is None else max_length
+            if width > MOST_PADDING:
+                raise TokenizerError(f"padding = 'max_length' to {quote(width)} tokens is refused: give "
+                                     "max_length")
         return -(-width // multiple) * multiple if multiple else width
 
     def fill(self, rows: list[dict[str, list[int]]], width: int,
@@ -408,7 +483,7 @@ class Tokenizer:
 
         With truncation at most max_length ids, the end token kept."""
         if not isinstance(text, str) and not options.get("is_split_into_words"):
-            raise TokenizerError(f"text = {text!r} is a {type(text).__name__}, not a string")
+            raise TokenizerError(f"text = {quote(text)} is a {type(text).__name__}, not a string")
         return self(text, text_pair, add_special_tokens=add_special_tokens, **options)["input_ids"]
 
     def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False,

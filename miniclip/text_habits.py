@@ -8,10 +8,11 @@ Mirrors: transformers' PreTrainedTokenizerBase.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from miniclip.encoding import SPECIAL_NAMES, Encoding, Tokenizer, TokenizerError, as_kind, clean_up
+from miniclip.encoding import SPECIAL_NAMES, Encoding, Tokenizer, TokenizerError, as_kind, clean_up, quote
 from miniclip.habits import (
     LOADING_IDLE,
     LOADING_REFUSED,
@@ -83,6 +84,24 @@ def added_entries(described: Any) -> dict[str, dict[str, Any]]:
             if isinstance(entry, dict) and isinstance(entry.get("content"), str) and "id" in entry}
 
 
+def check_ids(vocab: Mapping[str, Any], source: str) -> None:
+    """Raises TokenizerError unless every id is a number that int32 holds, as clip_tokenize returns them."""
+    for symbol, i in vocab.items():
+        if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 2**31:
+            raise TokenizerError(f"{source}: vocabulary: the id of {quote(symbol)} is {quote(i)}, not a "
+                                 "number from 0 to 2147483647")
+
+
+def max_length_of(values: Mapping[str, Any], source: str) -> dict[str, int]:
+    """model_max_length of a tokenizer_config.json as an option, if it is there and a limit."""
+    length = values.get("model_max_length")
+    if length is None:
+        return {}
+    if not isinstance(length, (int, float)) or isinstance(length, bool) or not length >= 1:
+        raise TokenizerError(f"{source}: model_max_length = {quote(length)} is not a number of tokens")
+    return {"model_max_length": int(length)} if length < 1e9 else {}     # transformers writes 1e30
+
+
 def symbol_of(token: Any) -> str:
     """The text of a token that is given as a string or as transformers' AddedToken.
 
@@ -92,9 +111,9 @@ def symbol_of(token: Any) -> str:
         return token
     for flag in ("lstrip", "rstrip", "single_word"):
         if getattr(token, flag, False):
-            raise TokenizerError(f"token {str(token)!r}: {flag} = True is not supported")
+            raise TokenizerError(f"token {quote(str(token))}: {flag} = True is not supported")
     if not isinstance(getattr(token, "content", None), str):
-        raise TokenizerError(f"token = {token!r} is not a string")
+        raise TokenizerError(f"token = {quote(token)} is not a string")
     return token.content
 
 
@@ -141,21 +160,21 @@ class TextHabits(LeftOut, Tokenizer):
         Remember to resize the model's embedding to len(tokenizer).
         """
         many = isinstance(new_tokens, (list, tuple))
-        before = len(self.vocab)
+        before, added = len(self.vocab), set(self.added_tokens)
+        ids = itertools.count(max(self.vocab.values(), default=-1) + 1)
         for token in new_tokens if many else [new_tokens]:
             symbol = symbol_of(token)
-            if symbol and symbol not in self.added_tokens:
-                self._add(symbol, special_tokens or not getattr(token, "normalized", True))
+            if not symbol or symbol in added:
+                continue
+            added.add(symbol)
+            self.added_tokens.append(symbol)
+            if not special_tokens and getattr(token, "normalized", True):
+                self.cleaned_tokens[symbol] = None
+            if symbol not in self.vocab:
+                self.vocab[symbol] = next(ids)
+                self.beside.append(symbol)
         self.find_added_tokens()
         return len(self.vocab) - before
-
-    def _add(self, symbol: str, as_written: bool) -> None:
-        self.added_tokens.append(symbol)
-        if not as_written:
-            self.cleaned_tokens[symbol] = None
-        if symbol not in self.vocab:
-            self.vocab[symbol] = max(self.vocab.values(), default=-1) + 1
-            self.beside.append(symbol)
 
     def add_special_tokens(self, special_tokens_dict: Mapping[str, Any],
                            replace_extra_special_tokens: bool = True) -> int:
@@ -165,7 +184,7 @@ class TextHabits(LeftOut, Tokenizer):
         for name, value in special_tokens_dict.items():
             if name in ("extra_special_tokens", "additional_special_tokens"):
                 if not isinstance(value, (list, tuple)):
-                    raise TokenizerError(f"{name} = {value!r} is not a list of tokens")
+                    raise TokenizerError(f"{name} = {quote(value)} is not a list of tokens")
                 extra = list(map(symbol_of, value))
                 old = [] if replace_extra_special_tokens else self.extra_special_tokens
                 self.extra_special_tokens = list(dict.fromkeys([*old, *extra]))
@@ -174,7 +193,7 @@ class TextHabits(LeftOut, Tokenizer):
                 tokens.append(symbol_of(value))
                 setattr(self, name, tokens[-1])
             else:
-                raise TokenizerError(f"{name!r} is not extra_special_tokens or one of "
+                raise TokenizerError(f"{quote(name)} is not extra_special_tokens or one of "
                                      f"{', '.join(SPECIAL_NAMES)}")
         return self.add_tokens(tokens, special_tokens=True)
 

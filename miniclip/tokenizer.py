@@ -16,20 +16,31 @@ import html
 import os
 import re
 import unicodedata
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
-from miniclip.encoding import TokenizerError
-from miniclip.text_habits import TextHabits, added_entries, settle_writing, sort_options
+from miniclip.encoding import TokenizerError, quote
+from miniclip.text_habits import (
+    TextHabits,
+    added_entries,
+    check_ids,
+    max_length_of,
+    settle_writing,
+    sort_options,
+)
 from miniclip.weights import atomic_write, is_texts, need_folder, read_json, write_json
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 END = "</w>"  # closes the last symbol of a word, so that "a" alone and "a" inside a word differ
 OPENAI_MERGES = 49152 - 256 - 2  # OpenAI's file lists 262,144 merges; CLIP takes the first 48,894
 MAX_FILE_BYTES = 64 * 2**20
+MAX_LINES = 1_000_000
+LETTERS_AT_ONCE = 10_000  # bytes that are merged together
+MOST_WORDS = 50_000  # that are remembered before all are forgotten
 
 
 # ---------------------------------------------------------------------------------------------- text to words
@@ -40,6 +51,7 @@ SPECIAL = r"<\|startoftext\|>|<\|endoftext\|>"
 FIRST = re.compile(SPECIAL + r"|'s|'t|'re|'ve|'m|'ll|'d")
 FIRST_OPENAI = re.compile(FIRST.pattern, re.IGNORECASE)
 RUN = re.compile("L+|N|O+")
+SIGNS = re.compile(r"[^\w\0-\u02ff]{64,}")  # many in a row of what may be combining marks, and of other signs
 
 
 class _Kinds(dict):
@@ -70,9 +82,24 @@ def words(text: str, first: re.Pattern = FIRST) -> Iterator[str]:
         place = match.end() if match else place + 1
 
 
+def normal(form: str, text: str) -> str:
+    """unicodedata.normalize, which alone is quadratic in the length of a run of marks out of order."""
+    return unicodedata.normalize(form, SIGNS.sub(_in_order, text))
+
+
+def _in_order(run: re.Match) -> str:
+    """Canonical order, as Unicode defines it: signs decomposed, the marks after each base sorted by class."""
+    signs = "".join([unicodedata.normalize("NFD", sign) for sign in run[0]])
+    bases = [i for i, sign in enumerate(signs) if not unicodedata.combining(sign)]
+    if len(bases) == len(signs):
+        return signs
+    return "".join(["".join(sorted(signs[start:end], key=unicodedata.combining))
+                    for start, end in zip([0, *bases], [*bases, len(signs)], strict=True)])
+
+
 def clean(text: str) -> str:
     """transformers' rule: NFC, spaces to one blank, lower case letter by letter (so no final sigma)."""
-    return SPACE.sub(" ", unicodedata.normalize("NFC", text)).replace("Σ", "σ").lower()
+    return SPACE.sub(" ", normal("NFC", text)).replace("Σ", "σ").lower()
 
 
 def clean_openai(text: str) -> str:
@@ -101,7 +128,7 @@ def byte_symbols() -> dict[int, str]:
 def spell(word: str) -> list[str]:
     """A word as its UTF-8 bytes, one symbol a byte, the last one closed by </w>."""
     try:
-        symbols = [byte_symbols()[b] for b in word.encode("utf-8")]
+        symbols = list(word.encode("utf-8").decode("latin-1").translate(byte_symbols()))
     except UnicodeEncodeError as error:
         half = word[error.start]
         raise TokenizerError(f"text: {half!r} is half a surrogate pair, not a character") from None
@@ -120,6 +147,48 @@ def join_pair(symbols: list[str], pair: tuple[str, str]) -> list[str]:
             joined.append(symbols[i])
             i += 1
     return joined
+
+
+def merge(symbols: list[str | None], merges: list[tuple[str, str]],
+          ranks: dict[tuple[str, str], int]) -> list[str | None]:
+    """BPE: joins the pair of neighbours that was learned first wherever it stands, from the left, again and
+    again until no neighbours are a pair.
+
+    symbols: of many words at once, None after each; changed in place. ranks: pair -> its place in merges.
+    A symbol stays at the place of its first letter; before and after hold its neighbours' places, a linked
+    list. places tells where a pair of each rank stands, or stood once, and the heap gives the lowest rank:
+    n letters take n log n.
+    """
+    before, after = list(range(-1, len(symbols))), list(range(1, len(symbols) + 1))
+    places: dict[int, list[int]] = defaultdict(list)
+    for i, rank in enumerate(map(ranks.get, zip(symbols, symbols[1:], strict=False))):
+        if rank is not None:
+            places[rank].append(i)
+    heap = list(places)
+    heapq.heapify(heap)
+
+    def note(i: int, pair: tuple[str | None, str | None]) -> None:
+        if (rank := ranks.get(pair)) is not None:
+            if rank not in places:
+                heapq.heappush(heap, rank)
+            places[rank].append(i)
+
+    while heap:
+        rank = heapq.heappop(heap)
+        (first, second), joined = merges[rank], []
+        both = first + second
+        for i in sorted(places.pop(rank)):
+            j = after[i]
+            if symbols[i] == first and symbols[j] == second:  # neither is part of another symbol by now
+                symbols[i], symbols[j] = both, ""
+                k = after[i] = after[j]
+                before[k] = i
+                joined.append(i)
+        for i in joined:
+            note(before[i], (symbols[before[i]], both))
+            if symbols[after[i]] != both:  # which notes that pair itself
+                note(i, (both, symbols[after[i]]))
+    return [symbol for symbol in symbols if symbol != ""]
 
 
 def build_vocab(merges: Iterable[tuple[str, str]]) -> dict[str, int]:
@@ -201,14 +270,13 @@ class CLIPTokenizer(TextHabits):
         **options: Any,
     ):
         if rules not in ("transformers", "openai"):
-            raise TokenizerError(f"rules = {rules!r} is neither 'transformers' nor 'openai'")
+            raise TokenizerError(f"rules = {quote(rules)} is neither 'transformers' nor 'openai'")
         self.bos_token, self.eos_token = bos_token, eos_token
         self.unk_token, self.pad_token = unk_token, pad_token
         self.merges, self.rules, self.fix_text = [tuple(m) for m in merges], rules, fix_text
         super().__init__(vocab, added_tokens, model_max_length=model_max_length, **options)
         self._ranks = {pair: rank for rank, pair in reversed(list(enumerate(self.merges)))}
         self._byte_of = {s: b for b, s in byte_symbols().items()}
-        self._known: dict[str, list[int]] = {}  # word -> ids, so that a frequent word is merged once
 
     # -- text to ids
 
@@ -219,37 +287,62 @@ class CLIPTokenizer(TextHabits):
     def _pieces(self, text: str) -> Iterator[str]:
         """Words and special tokens of a text, by the rules of one upstream or the other."""
         if self.rules == "openai":
+            added = set(self.added_tokens)
             for piece in words(clean_openai(self.fix_text(text) if self.fix_text else text), FIRST_OPENAI):
-                yield piece.lower() if len(piece) > 3 and piece.lower() in self.added_tokens else piece
+                yield piece.lower() if len(piece) > 3 and piece.lower() in added else piece
             return
         for part, added in self.parts(text):
             for piece in (part,) if added else words(part):
                 # "<|STARTOFTEXT|>" is not special, and falls into three words
                 yield from re.findall(r"\w+|\W+", piece) if piece in (BOS, EOS) and not added else (piece,)
 
-    def _merged(self, word: str) -> list[str]:
-        """The symbols of a word: join the neighbours that were learned first until none is left to join."""
-        symbols = spell(word)
-        while len(symbols) > 1:
-            pairs = zip(symbols, symbols[1:], strict=False)
-            best = min(pairs, key=lambda pair: self._ranks.get(pair, len(self._ranks)))
-            if best not in self._ranks:
-                break
-            symbols = join_pair(symbols, best)
-        return symbols
+    def find_added_tokens(self) -> None:
+        """As in Tokenizer; and each added token is a word that is known."""
+        super().find_added_tokens()
+        self._forget()
 
-    def _ids(self, piece: str) -> list[int]:
-        if piece in self.added_tokens:
-            return [self.vocab[piece]]
-        if piece not in self._known:
-            if len(self._known) > 100_000:
-                self._known.clear()
-            self._known[piece] = [self.vocab.get(s, self.unk_token_id) for s in self._merged(piece)]
-        return self._known[piece]
+    def _forget(self) -> None:
+        self._known = {token: [self.vocab[token]] for token in self.added_tokens}  # word -> ids
+
+    @functools.cached_property
+    def _links(self) -> set[str]:
+        """Two letters between which some pair is joined; between all others even a long word may be cut."""
+        return {first[-1] + second[0] for first, second in self.merges if first and second}
+
+    def _merged(self, symbols: list[str | None]) -> list[str | None]:
+        """merge(), some thousand letters at a time, which the processor's cache holds."""
+        def apart(left: str | None, right: str | None) -> bool:
+            return left is None or right is None or left[-1] + right[0] not in self._links
+
+        merged, start = [], 0
+        while start < len(symbols):
+            ends = range(start + LETTERS_AT_ONCE, min(start + 2 * LETTERS_AT_ONCE, len(symbols)))
+            end = next((i for i in ends if apart(symbols[i - 1], symbols[i])), len(symbols))
+            merged += merge([*symbols[start:end], None], self.merges, self._ranks)[:-1]
+            start = end
+        return merged
+
+    def _new_ids(self, words: list[str]) -> Iterator[list[int]]:
+        """Ids of each word. They are merged together: many short ones share what a merge() takes."""
+        merged = self._merged([s for word in words for s in (*spell(word), None)])
+        start, id_of, unknown = 0, self.vocab.get, self.unk_token_id
+        while start < len(merged):
+            end = merged.index(None, start)
+            yield [id_of(symbol, unknown) for symbol in merged[start:end]]
+            start = end + 1
 
     def text_ids(self, text: str) -> list[int]:
-        """Ids of a text, without start and end."""
-        return [i for piece in self._pieces(text) for i in self._ids(piece)]
+        """Ids of a text, without start and end. Short words are remembered, so each is merged once."""
+        pieces = list(self._pieces(text))
+        new = list(set(pieces).difference(self._known))
+        if not new:
+            return [i for word in pieces for i in self._known[word]]
+        ids = dict(zip(new, self._new_ids(new), strict=True))
+        found = [i for word in pieces for i in self._known.get(word) or ids[word]]
+        if len(self._known) > MOST_WORDS:
+            self._forget()
+        self._known.update((word, ids[word]) for word in new[:MOST_WORDS] if len(word) <= 32)
+        return found
 
     def clip_tokenize(self, texts: str | list[str], context_length: int = 77,
                       truncate: bool = False) -> torch.Tensor:
@@ -330,7 +423,7 @@ class CLIPTokenizer(TextHabits):
         at = lambda name: os.path.join(folder, name)  # noqa: E731
         if os.path.exists(at("vocab.json")) and os.path.exists(at("merges.txt")):
             vocab = read_json(at("vocab.json"))
-            merges = _pairs(read_text(at("merges.txt")).split("\n"), at("merges.txt"))
+            merges = _pairs(read_lines(at("merges.txt")), at("merges.txt"))
             more = read_json(at("added_tokens.json")) if os.path.exists(at("added_tokens.json")) else {}
             added = {**{token: {"id": i} for token, i in more.items()}, **added}
         elif os.path.exists(at("tokenizer.json")):
@@ -344,15 +437,15 @@ class CLIPTokenizer(TextHabits):
                 "bpe_simple_vocab_16e6.txt.gz)"
             )
         ids = {token: entry["id"] for token, entry in added.items()}
-        for symbol, i in {**ids, **vocab}.items():
-            if not isinstance(i, int) or isinstance(i, bool) or i < 0:
-                raise TokenizerError(f"{folder}: vocabulary: the id of {symbol!r} is {i!r}, not a number "
-                                     "from 0")
+        check_ids({**ids, **vocab}, folder)
         extra = found.get("extra_special_tokens", [])
         found["extra_special_tokens"] = [token for token in extra if token in vocab or token in ids]
         found["cleaned_tokens"] = [token for token, entry in added.items() if entry.get("normalized") is True]
         own, special = sort_options(cls, options, {**ids, **vocab})
-        tokenizer = cls(vocab, merges, **{**found, "added_tokens": ids, **own})
+        try:
+            tokenizer = cls(vocab, merges, **{**found, "added_tokens": ids, **own})
+        except TokenizerError as error:
+            raise TokenizerError(f"{folder}: {error}") from None
         tokenizer.add_special_tokens(special)
         tokenizer.name_or_path = folder
         return tokenizer
@@ -360,7 +453,8 @@ class CLIPTokenizer(TextHabits):
     def save_vocabulary(self, folder: str | os.PathLike) -> tuple[str, str]:
         """Writes vocab.json and merges.txt; their paths."""
         paths = os.path.join(folder, "vocab.json"), os.path.join(folder, "merges.txt")
-        write_json(paths[0], {s: i for s, i in self.vocab.items() if s not in self.beside})
+        beside = set(self.beside)
+        write_json(paths[0], {s: i for s, i in self.vocab.items() if s not in beside})
         with atomic_write(paths[1]) as file:
             file.write("\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in self.merges),
                                   ""]).encode("utf-8"))
@@ -395,6 +489,7 @@ class CLIPTokenizer(TextHabits):
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Removed", "invert": True}
         space = {"type": "Replace", "pattern": {"Regex": "\\s+"}, "content": " "}
+        beside = set(self.beside)
         ends = {"sep": [self.eos_token, self.eos_token_id], "cls": [self.bos_token, self.bos_token_id]}
         return {
             "version": "1.0",
@@ -416,7 +511,7 @@ class CLIPTokenizer(TextHabits):
                 "fuse_unk": False,
                 "byte_fallback": False,
                 "ignore_merges": False,
-                "vocab": {s: i for s, i in self.vocab.items() if s not in self.beside},
+                "vocab": {s: i for s, i in self.vocab.items() if s not in beside},
                 "merges": [f"{a} {b}" for a, b in self.merges],
             },
         }
@@ -428,6 +523,8 @@ class CLIPTokenizer(TextHabits):
 def read_text(path: str | os.PathLike) -> str:
     """A text file, packed by gzip or not, of at most 64 MiB when unpacked."""
     path = os.fspath(path)
+    if not os.path.isfile(path):  # a pipe would block
+        raise TokenizerError(f"{path}: no such file, or not a regular one")
     try:
         with open(path, "rb") as probe:
             packed = probe.read(2) == b"\x1f\x8b"
@@ -436,8 +533,16 @@ def read_text(path: str | os.PathLike) -> str:
         if len(raw) > MAX_FILE_BYTES:
             raise TokenizerError(f"{path}: more than {MAX_FILE_BYTES} bytes of text are refused")
         return raw.decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise TokenizerError(f"{path}: cannot be read: {error}") from None
+
+
+def read_lines(path: str | os.PathLike) -> list[str]:
+    """The lines of a text file as read_text() reads it, a million at most."""
+    text = read_text(path)
+    if text.count("\n") > MAX_LINES:
+        raise TokenizerError(f"{os.fspath(path)}: more than {MAX_LINES} lines are refused")
+    return text.split("\n")
 
 
 def _pairs(lines: Iterable[str], source: str) -> list[tuple[str, str]]:
@@ -449,13 +554,13 @@ def _pairs(lines: Iterable[str], source: str) -> list[tuple[str, str]]:
             continue
         parts = line.split(" ")
         if len(parts) != 2 or not all(parts):
-            raise TokenizerError(f"{source}: merge {number} is {line[:60]!r}, not two symbols and a blank")
+            raise TokenizerError(f"{source}: merge {number} is {quote(line)}, not two symbols and a blank")
         pairs.append((parts[0], parts[1]))
     return pairs
 
 
 def _openai_merges(path: str | os.PathLike) -> list[tuple[str, str]]:
-    return _pairs(read_text(path).split("\n")[1 : 1 + OPENAI_MERGES], os.fspath(path))
+    return _pairs(read_lines(path)[1 : 1 + OPENAI_MERGES], os.fspath(path))
 
 
 def _options(folder: str) -> tuple[dict[str, Any], dict[str, dict]]:
@@ -476,9 +581,7 @@ def _options(folder: str) -> tuple[dict[str, Any], dict[str, dict]]:
         for key in ("extra_special_tokens", "additional_special_tokens"):
             if isinstance(values.get(key), list) and is_texts(tokens := list(map(_content, values[key]))):
                 found["extra_special_tokens"] = tokens
-        length = values.get("model_max_length")
-        if isinstance(length, (int, float)) and 2 <= length < 1e9:  # transformers writes 1e30 for "no limit"
-            found["model_max_length"] = int(length)
+        found |= max_length_of(values, path)
         added = added or added_entries(values.get("added_tokens_decoder"))
     return found, added
 
@@ -495,7 +598,13 @@ def _read_tokenizer_json(path: str) -> tuple[dict[str, int], list[tuple[str, str
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or "merges" not in model:
         raise TokenizerError(f"{path}: model holds no vocab and merges; only BPE is read")
     if model.get("end_of_word_suffix") != END:
-        raise TokenizerError(f"{path}: end_of_word_suffix = {model.get('end_of_word_suffix')!r}, CLIP's is "
-                             f"{END!r}")
-    lines = [m if isinstance(m, str) else " ".join(map(str, m)) for m in model["merges"]]
+        raise TokenizerError(f"{path}: end_of_word_suffix = {quote(model.get('end_of_word_suffix'))}, "
+                             f"CLIP's is {END!r}")
+    merges = model["merges"]
+    if not isinstance(merges, list):
+        raise TokenizerError(f"{path}: model.merges = {quote(merges)} is not a list")
+    lines = [" ".join(pair) if is_texts(pair) else pair for pair in merges]
+    if not is_texts(lines):
+        wrong = next(line for line in lines if not isinstance(line, str))
+        raise TokenizerError(f"{path}: model.merges holds {quote(wrong)}, not two symbols")
     return model["vocab"], _pairs(lines, path), added_entries(values.get("added_tokens"))

@@ -15,8 +15,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from miniclip.encoding import TokenizerError
-from miniclip.text_habits import TextHabits, added_entries, settle_writing, sort_options
-from miniclip.tokenizer import SPACE, read_text
+from miniclip.text_habits import (
+    TextHabits,
+    added_entries,
+    check_ids,
+    max_length_of,
+    settle_writing,
+    sort_options,
+)
+from miniclip.tokenizer import SPACE, normal, read_lines
 from miniclip.weights import atomic_write, need_folder, read_json, write_json
 
 HAN = re.compile(  # what BERT takes for Chinese, each character a word of its own; kana and hangul are not
@@ -31,7 +38,7 @@ def clean_bert(text: str, lower: bool, strip_accents: bool) -> str:
     kept = (c for c in text if c in "\t\n\r" or (c not in "\0\ufffd" and unicodedata.category(c)[0] != "C"))
     text = HAN.sub(r" \1 ", SPACE.sub(" ", "".join(kept)))
     if strip_accents:
-        text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
+        text = "".join(c for c in normal("NFD", text) if unicodedata.category(c) != "Mn")
     return text.replace("Σ", "σ").lower() if lower else text
 
 
@@ -89,13 +96,18 @@ class BertTokenizer(TextHabits):
         """A text as it is before it is cut into words; see clean_bert()."""
         return clean_bert(text, self.do_lower_case, self.strip_accents)
 
+    def find_added_tokens(self) -> None:
+        """As in Tokenizer; and no piece of a word is longer than the vocabulary's longest."""
+        super().find_added_tokens()
+        self._longest = max(map(len, self.vocab))
+
     def _pieces_of(self, word: str) -> list[str]:
         """Greedy: the longest known beginning, then the longest known continuation, and so on, or [UNK]."""
         if len(word) > MOST_CHARACTERS:
             return [self.unk_token]
         pieces, start = [], 0
         while start < len(word):
-            for end in range(len(word), start, -1):
+            for end in range(min(len(word), start + self._longest), start, -1):
                 piece = ("##" if start else "") + word[start:end]
                 if piece in self.vocab:
                     break
@@ -130,15 +142,17 @@ class BertTokenizer(TextHabits):
         settings = read_json(path) if os.path.exists(path) else {}
         found = {key: settings[key] for key in ("do_lower_case", "strip_accents")
                  if isinstance(settings.get(key), bool)}
-        length = settings.get("model_max_length")
-        if isinstance(length, int) and 2 <= length < 1e9:
-            found["model_max_length"] = length
+        found |= max_length_of(settings, path)
         decoder = settings.get("added_tokens_decoder")
         added = added_entries(decoder) if isinstance(decoder, dict) else {}
         found["added_tokens"] = {token: entry["id"] for token, entry in added.items()}
+        check_ids({**found["added_tokens"], **vocab}, folder)
         found["cleaned_tokens"] = [token for token, entry in added.items() if entry.get("normalized") is True]
         own, special = sort_options(cls, options, {**found["added_tokens"], **vocab})
-        tokenizer = cls(vocab, **{**found, **own})
+        try:
+            tokenizer = cls(vocab, **{**found, **own})
+        except TokenizerError as error:
+            raise TokenizerError(f"{folder}: {error}") from None
         tokenizer.add_special_tokens(special)
         tokenizer.name_or_path = folder
         return tokenizer
@@ -167,7 +181,9 @@ class BertTokenizer(TextHabits):
 def _read_vocab(folder: str) -> dict[str, int]:
     path = os.path.join(folder, "vocab.txt")
     if os.path.exists(path):
-        lines = read_text(path).rstrip("\n").split("\n")
+        lines = read_lines(path)
+        while lines[-1] == "" and len(lines) > 1:
+            lines.pop()
         return {line.rstrip("\r"): i for i, line in enumerate(lines)}
     path = os.path.join(folder, "tokenizer.json")
     if not os.path.exists(path):

@@ -4,20 +4,26 @@ import gzip
 import json
 import os
 import random
+import re
+import time
+import unicodedata
 from collections import Counter
 
 import pytest
 import torch
 
 from miniclip import BertTokenizer, CLIPTokenizer, TokenizerError
-from miniclip.encoding import shorten, windows
+from miniclip.encoding import Search, shorten, windows
 from miniclip.tokenizer import (
+    SIGNS,
     build_vocab,
     byte_symbols,
     clean,
     clean_openai,
     join_pair,
     learn_merges,
+    merge,
+    normal,
     spell,
     words,
 )
@@ -347,3 +353,196 @@ def test_bert_shares_it(tmp_path):
     back = BertTokenizer.from_pretrained(tmp_path, padding_side="left")
     assert back.tokenize("a DAD") == ["a", "Dad"] and (back.vocab_size, len(back)) == (8, 9)
     assert back(["a", "a b"], padding=True).input_ids[0] == [0, 2, 5, 3]
+
+
+# ---------------------------------------------------------------------------------- long words, hostile files
+
+
+NEVER = 10**9
+
+
+def merge_slowly(symbols, ranks):
+    """The textbook's loop, quadratic in a word: join the best pair everywhere, look at all pairs again."""
+    while len(symbols) > 1:
+        best = min(zip(symbols, symbols[1:], strict=False), key=lambda pair: ranks.get(pair, NEVER))
+        if best not in ranks:
+            break
+        symbols = join_pair(symbols, best)
+    return symbols
+
+
+def random_merges(r, in_order):
+    """Pairs of symbols that earlier pairs made; shuffled, in an order that no training would have learned."""
+    symbols, merges = ["a", "b", "c", "a</w>", "b</w>", "c</w>"], []
+    for _ in range(r.randint(0, 30)):
+        pair = r.choice([s for s in symbols if not s.endswith("</w>")]), r.choice(symbols)
+        merges.append(pair)
+        symbols.append("".join(pair))
+    return merges if in_order else r.sample(merges, len(merges))
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_merging_is_the_textbook_loop(in_order):
+    r = random.Random(0)
+    for _ in range(1500):
+        merges = random_merges(r, in_order)
+        ranks = {pair: rank for rank, pair in reversed(list(enumerate(merges)))}
+        words = ["".join(r.choices("abc"[: r.randint(1, 3)], k=r.randint(1, 40))) for _ in range(5)]
+        joined = merge([s for word in words for s in [*spell(word), None]], merges, ranks)
+        assert joined == [s for word in words for s in [*merge_slowly(spell(word), ranks), None]], merges
+
+
+def seconds(work):
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+@pytest.mark.parametrize("letters", ["abcdefghijklmnopqrstuvwxyz", "枸杞銀川人蔘韓國"])
+def test_long_words_take_no_quadratic_time(letters):
+    """The textbook's loop takes minutes; here it is some tenths of a second."""
+    r = random.Random(0)
+    t = CLIPTokenizer.train(["".join(r.choices(letters, k=8)) for _ in range(3000)], vocab_size=2000)
+    text = "".join(r.choices(letters, k=60_000))
+    assert seconds(lambda: t.encode(text)) < 4
+    assert t.decode(t.encode(text), skip_special_tokens=True) == text
+
+
+def test_long_words_are_cut_only_where_nothing_joins(monkeypatch):
+    r = random.Random(0)
+    t = CLIPTokenizer.train(["".join(r.choices("abcde<w/> ", k=300)) for _ in range(20)], vocab_size=700)
+    for _ in range(100):
+        text = "".join(r.choices("abcdefgh<w/> ", k=300))
+        wanted = [s for word in words(clean(text)) for s in merge_slowly(spell(word), t._ranks)]
+        for letters in (1, 7, 10_000):
+            monkeypatch.setattr("miniclip.tokenizer.LETTERS_AT_ONCE", letters)
+            t.find_added_tokens()                   # what is remembered is forgotten
+            assert t.tokenize(text) == wanted
+
+
+def test_words_are_remembered_but_not_without_end(monkeypatch):
+    monkeypatch.setattr("miniclip.tokenizer.MOST_WORDS", 10)
+    monkeypatch.setattr("miniclip.tokenizer.LETTERS_AT_ONCE", 20)
+    t, fresh = small(), small()
+    text = " ".join(f"the {'b' * i} cat" for i in range(1, 60))
+    for _ in range(3):
+        assert t.encode(text) == [518, *[i for word in text.split() for i in fresh.encode(word)[1:-1]], 519]
+        assert len(t._known) <= 20 + len(t.added_tokens)
+
+
+def test_marks_in_any_order_are_normalised_alike():
+    """Against the library's own normalisation, which is right but slow."""
+    r = random.Random(0)
+    signs = "a\u00e9\u1e69ㅏ\u0300\u0301\u0316\u0327\u0338\u0345\u0344\u0f71\u0f72\u0f73\u0f75\u0f81"
+    signs += "\u1e9b\u3099か—"
+    for _ in range(2000):
+        text = "".join(r.choices(signs, [1] * 4 + [9] * (len(signs) - 4), k=r.randint(0, 300)))
+        for form in ("NFC", "NFD"):
+            assert normal(form, text) == unicodedata.normalize(form, text), ascii(text)
+    marks = "".join(c for c in map(chr, range(0x110000)) if unicodedata.combining(c))
+    assert re.fullmatch(SIGNS.pattern, marks)           # no mark is missed
+    assert seconds(lambda: normal("NFC", "a" + "\u0300\u0316" * 100_000)) < 2
+
+
+def test_the_search_for_added_tokens_is_that_of_an_expression():
+    r = random.Random(0)
+    for _ in range(3000):
+        tokens = {"".join(r.choices("ab<", k=r.randint(1, 6))) for _ in range(r.randint(1, 8))}
+        text = "".join(r.choices("ab<c", k=r.randint(0, 40)))
+        expression = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+        assert Search(tokens).split(text) == re.split(f"({expression})", text), (tokens, text)
+    assert Search([]).split("ab") == ["ab"] and Search(["]", "^"]).split("a^b") == ["a", "^", "b"]
+
+
+def test_added_tokens_that_are_alike_take_one_pass():
+    t = small()
+    assert seconds(lambda: t.add_tokens(["a" * i + "b" for i in range(1, 1500)], special_tokens=True)) < 5
+    assert seconds(lambda: t.encode("a" * 100_000)) < 5
+    with pytest.raises(TokenizerError, match="added tokens of more than 1000000 letters"):
+        t.add_tokens("ab" * 600_000)
+
+
+def test_a_word_of_bert_takes_no_quadratic_time():
+    t = BertTokenizer({s: i for i, s in enumerate("[PAD] [UNK] [CLS] [SEP] [MASK] a ##a ##aa".split())})
+    assert seconds(lambda: t.encode(("a" * 100 + " ") * 2000)) < 2
+    assert t.tokenize("aaaa") == ["a", "##aa", "##a"] and t.tokenize("a" * 101) == ["[UNK]"]
+
+
+def bpe(**changes):
+    """The text of a tokenizer.json, with some fields of its model changed."""
+    model = {"type": "BPE", "end_of_word_suffix": "</w>", "vocab": build_vocab(MERGES),
+             "merges": [list(pair) for pair in MERGES]}
+    return json.dumps({"model": {**model, **changes}})
+
+
+def config(**values):
+    return {"tokenizer.json": bpe(), "tokenizer_config.json": json.dumps(values)}
+
+
+HOSTILE = {
+    "merges is a number": ({"tokenizer.json": bpe(merges=7)}, "tokenizer.json: model.merges = 7"),
+    "merges holds a number": ({"tokenizer.json": bpe(merges=["a b", 7])}, "model.merges holds 7"),
+    "merges holds lists": ({"tokenizer.json": bpe(merges=[["a", ["b"]]])}, "model.merges holds"),
+    "merges of three": ({"tokenizer.json": bpe(merges=[["a", "b", "c"]])}, "merge 1 is 'a b c'"),
+    "a long merge": ({"tokenizer.json": bpe(merges=["a" * 9000])}, "merge 1 is 'aaa"),
+    "an id is text": ({"tokenizer.json": bpe(vocab={"a" * 9000: "b" * 9000})}, "the id of 'aaa"),
+    "a huge id": ({"tokenizer.json": bpe(vocab={"a": 2**31})}, "the id of 'a' is 2147483648"),
+    "no vocab": ({"tokenizer.json": bpe(vocab=[])}, "holds no vocab"),
+    "suffix": ({"tokenizer.json": bpe(end_of_word_suffix=["x" * 9000])}, "end_of_word_suffix = "),
+    "no end token": (config(eos_token="x" * 9000), "special token 'xxx"),
+    "length is text": (config(model_max_length="77"), "tokenizer_config.json: model_max_length = '77'"),
+    "length is negative": (config(model_max_length=-(2**70)), "model_max_length = -11805"),
+    "length is a list": (config(model_max_length=[]), "model_max_length = []"),
+    "side": (config(padding_side="x" * 9000), "padding_side = 'xxx"),
+    "rules": (config(rules="x" * 9000), "rules = 'xxx"),
+    "added id": (config(added_tokens_decoder={"1": {"content": "x"}, "9": {"content": 7}},
+                        bos_token="x" * 999), "special token 'xxx"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_folder_is_one_line(case, tmp_path):
+    files, message = HOSTILE[case]
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(TokenizerError) as caught:
+        CLIPTokenizer.from_pretrained(tmp_path)
+    said = str(caught.value)
+    assert message in said and str(tmp_path) in said and "\n" not in said
+    assert len(said.replace(str(tmp_path), "")) < 300
+
+
+@pytest.mark.parametrize("value", [None, 10**30, 2**63])
+def test_no_limit_is_the_default_length(value, tmp_path):
+    for name, text in config(model_max_length=value).items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert CLIPTokenizer.from_pretrained(tmp_path).model_max_length == 77
+    with pytest.raises(TokenizerError, match="model_max_length = None"):
+        small(model_max_length=None)
+    with pytest.raises(TokenizerError, match="give max_length"):
+        small(model_max_length=10**30)("the", padding="max_length")
+
+
+def test_broken_packed_files_are_one_line(tmp_path):
+    raw = bytearray(gzip.compress(b"#version\na b\n" * 50))
+    r, path = random.Random(0), tmp_path / "bpe_simple_vocab_16e6.txt.gz"
+    for number in range(300):
+        broken = raw[: r.randrange(2, len(raw))] if number % 2 else bytearray(raw)
+        broken[r.randrange(2, len(broken)) if len(broken) > 2 else 0] ^= 1 << r.randrange(8)
+        path.write_bytes(broken)
+        try:
+            CLIPTokenizer.from_pretrained(tmp_path)
+        except TokenizerError as error:
+            assert str(path) in str(error) and len(str(error)) < 300 and "\n" not in str(error)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_pipes_and_endless_lists_are_refused(tmp_path):
+    (tmp_path / "vocab.json").write_text("{}")
+    os.mkfifo(tmp_path / "merges.txt")
+    with pytest.raises(TokenizerError, match="merges.txt: no such file, or not a regular one"):
+        CLIPTokenizer.from_pretrained(tmp_path)
+    os.unlink(tmp_path / "merges.txt")
+    (tmp_path / "merges.txt").write_bytes(b"\n" * 1_000_001)
+    with pytest.raises(TokenizerError, match="merges.txt: more than 1000000 lines"):
+        CLIPTokenizer.from_pretrained(tmp_path)
