@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from miniclip.encoding import TokenizerError, quote
+from miniclip.encoding import TokenizerError
+from miniclip.files import shown
 from miniclip.text_habits import (
     TextHabits,
     added_entries,
@@ -270,7 +271,7 @@ class CLIPTokenizer(TextHabits):
         **options: Any,
     ):
         if rules not in ("transformers", "openai"):
-            raise TokenizerError(f"rules = {quote(rules)} is neither 'transformers' nor 'openai'")
+            raise TokenizerError(f"rules = {shown(rules)} is neither 'transformers' nor 'openai'")
         self.bos_token, self.eos_token = bos_token, eos_token
         self.unk_token, self.pad_token = unk_token, pad_token
         self.merges, self.rules, self.fix_text = [tuple(m) for m in merges], rules, fix_text
@@ -554,7 +555,7 @@ def _pairs(lines: Iterable[str], source: str) -> list[tuple[str, str]]:
             continue
         parts = line.split(" ")
         if len(parts) != 2 or not all(parts):
-            raise TokenizerError(f"{source}: merge {number} is {quote(line)}, not two symbols and a blank")
+            raise TokenizerError(f"{source}: merge {number} is {shown(line)}, not two symbols and a blank")
         pairs.append((parts[0], parts[1]))
     return pairs
 
@@ -598,13 +599,13 @@ def _read_tokenizer_json(path: str) -> tuple[dict[str, int], list[tuple[str, str
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or "merges" not in model:
         raise TokenizerError(f"{path}: model holds no vocab and merges; only BPE is read")
     if model.get("end_of_word_suffix") != END:
-        raise TokenizerError(f"{path}: end_of_word_suffix = {quote(model.get('end_of_word_suffix'))}, "
+        raise TokenizerError(f"{path}: end_of_word_suffix = {shown(model.get('end_of_word_suffix'))}, "
                              f"CLIP's is {END!r}")
     merges = model["merges"]
     if not isinstance(merges, list):
-        raise TokenizerError(f"{path}: model.merges = {quote(merges)} is not a list")
+        raise TokenizerError(f"{path}: model.merges = {shown(merges)} is not a list")
     lines = [" ".join(pair) if is_texts(pair) else pair for pair in merges]
     if not is_texts(lines):
         wrong = next(line for line in lines if not isinstance(line, str))
-        raise TokenizerError(f"{path}: model.merges holds {quote(wrong)}, not two symbols")
+        raise TokenizerError(f"{path}: model.merges holds {shown(wrong)}, not two symbols")
     return model["vocab"], _pairs(lines, path), added_entries(values.get("added_tokens"))
