@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from miniclip.files import WeightsError, shown
 from miniclip.habits import LeftOut, Table, settle, table
-from miniclip.weights import WeightsError
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MOST_ADDED_LETTERS = 1_000_000             # of all added tokens together
@@ -29,12 +29,6 @@ CALL_REFUSED = table({
 
 class TokenizerError(WeightsError):
     """Tokenizer files or text that cannot be honoured; one line that says which and why."""
-
-
-def quote(value: Any) -> str:
-    """A value as a message quotes it: as Python writes it, at most 80 characters."""
-    text = repr(value[:80] if isinstance(value, (str, list)) else value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 # ---------------------------------------------------------------------------------------- what a call returns
@@ -219,8 +213,8 @@ def _id_of(name: str) -> property:
     def get(self: Tokenizer) -> int | None:
         token = getattr(self, name)
         if token is not None and token not in self.vocab:
-            raise TokenizerError(f"{name} = {quote(token)} is not in the vocabulary: "
-                                 f"add_special_tokens({{{name!r}: {quote(token)}}}) adds it")
+            raise TokenizerError(f"{name} = {shown(token)} is not in the vocabulary: "
+                                 f"add_special_tokens({{{name!r}: {shown(token)}}}) adds it")
         return None if token is None else self.vocab[token]
 
     def put(self: Tokenizer, i: int | None) -> None:
@@ -262,12 +256,12 @@ class Tokenizer:
         beside = added_tokens if isinstance(added_tokens, dict) else {}
         self.vocab = {**vocab, **{t: i for t, i in beside.items() if t not in vocab}}
         if not isinstance(model_max_length, int) or model_max_length < 1:
-            raise TokenizerError(f"model_max_length = {quote(model_max_length)} is not a number of tokens")
+            raise TokenizerError(f"model_max_length = {shown(model_max_length)} is not a number of tokens")
         self.model_max_length, self.extra_special_tokens = model_max_length, list(extra_special_tokens)
         self.padding_side, self.truncation_side = padding_side, truncation_side
         for name in ("padding_side", "truncation_side"):
             if getattr(self, name) not in ("left", "right"):
-                raise TokenizerError(f"{name} = {quote(getattr(self, name))} is not 'left' or 'right'")
+                raise TokenizerError(f"{name} = {shown(getattr(self, name))} is not 'left' or 'right'")
         self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
         self.added_tokens = list(dict.fromkeys([*self.all_special_tokens, *added_tokens]))
         self.cleaned_tokens = dict.fromkeys(cleaned_tokens)
@@ -275,7 +269,7 @@ class Tokenizer:
         self.beside = [t for t in self.added_tokens if t not in (vocab if beside else special)]
         for token in self.added_tokens:
             if token not in self.vocab:
-                raise TokenizerError(f"vocabulary of {len(self.vocab)}: the special token {quote(token)} is "
+                raise TokenizerError(f"vocabulary of {len(self.vocab)}: the special token {shown(token)} is "
                                      "missing")
         self.find_added_tokens()
 
@@ -359,7 +353,7 @@ class Tokenizer:
         """Ids of a text, or of one that is given as a list of words."""
         for word in text if split else [text]:
             if not isinstance(word, str):
-                raise TokenizerError(f"text = {quote(word)} is a {type(word).__name__}, not a string")
+                raise TokenizerError(f"text = {shown(word)} is a {type(word).__name__}, not a string")
         return [i for word in text for i in self.text_ids(word)] if split else self.text_ids(text)
 
     # -- a call
@@ -453,7 +447,7 @@ class Tokenizer:
         if padding == "max_length":
             width = self.model_max_length if max_length is None else max_length
             if width > MOST_PADDING:
-                raise TokenizerError(f"padding = 'max_length' to {quote(width)} tokens is refused: give "
+                raise TokenizerError(f"padding = 'max_length' to {shown(width)} tokens is refused: give "
                                      "max_length")
         return -(-width // multiple) * multiple if multiple else width
 
@@ -483,7 +477,7 @@ class Tokenizer:
 
         With truncation at most max_length ids, the end token kept."""
         if not isinstance(text, str) and not options.get("is_split_into_words"):
-            raise TokenizerError(f"text = {quote(text)} is a {type(text).__name__}, not a string")
+            raise TokenizerError(f"text = {shown(text)} is a {type(text).__name__}, not a string")
         return self(text, text_pair, add_special_tokens=add_special_tokens, **options)["input_ids"]
 
     def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False,

@@ -12,7 +12,8 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from miniclip.encoding import SPECIAL_NAMES, Encoding, Tokenizer, TokenizerError, as_kind, clean_up, quote
+from miniclip.encoding import SPECIAL_NAMES, Encoding, Tokenizer, TokenizerError, as_kind, clean_up
+from miniclip.files import shown
 from miniclip.habits import (
     LOADING_IDLE,
     LOADING_REFUSED,
@@ -88,7 +89,7 @@ def check_ids(vocab: Mapping[str, Any], source: str) -> None:
     """Raises TokenizerError unless every id is a number that int32 holds, as clip_tokenize returns them."""
     for symbol, i in vocab.items():
         if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 2**31:
-            raise TokenizerError(f"{source}: vocabulary: the id of {quote(symbol)} is {quote(i)}, not a "
+            raise TokenizerError(f"{source}: vocabulary: the id of {shown(symbol, 80)} is {shown(i, 80)}, not a "
                                  "number from 0 to 2147483647")
 
 
@@ -98,7 +99,7 @@ def max_length_of(values: Mapping[str, Any], source: str) -> dict[str, int]:
     if length is None:
         return {}
     if not isinstance(length, (int, float)) or isinstance(length, bool) or not length >= 1:
-        raise TokenizerError(f"{source}: model_max_length = {quote(length)} is not a number of tokens")
+        raise TokenizerError(f"{source}: model_max_length = {shown(length)} is not a number of tokens")
     return {"model_max_length": int(length)} if length < 1e9 else {}     # transformers writes 1e30
 
 
@@ -111,9 +112,9 @@ def symbol_of(token: Any) -> str:
         return token
     for flag in ("lstrip", "rstrip", "single_word"):
         if getattr(token, flag, False):
-            raise TokenizerError(f"token {quote(str(token))}: {flag} = True is not supported")
+            raise TokenizerError(f"token {shown(str(token))}: {flag} = True is not supported")
     if not isinstance(getattr(token, "content", None), str):
-        raise TokenizerError(f"token = {quote(token)} is not a string")
+        raise TokenizerError(f"token = {shown(token)} is not a string")
     return token.content
 
 
@@ -184,7 +185,7 @@ class TextHabits(LeftOut, Tokenizer):
         for name, value in special_tokens_dict.items():
             if name in ("extra_special_tokens", "additional_special_tokens"):
                 if not isinstance(value, (list, tuple)):
-                    raise TokenizerError(f"{name} = {quote(value)} is not a list of tokens")
+                    raise TokenizerError(f"{name} = {shown(value)} is not a list of tokens")
                 extra = list(map(symbol_of, value))
                 old = [] if replace_extra_special_tokens else self.extra_special_tokens
                 self.extra_special_tokens = list(dict.fromkeys([*old, *extra]))
@@ -193,7 +194,7 @@ class TextHabits(LeftOut, Tokenizer):
                 tokens.append(symbol_of(value))
                 setattr(self, name, tokens[-1])
             else:
-                raise TokenizerError(f"{quote(name)} is not extra_special_tokens or one of "
+                raise TokenizerError(f"{shown(name)} is not extra_special_tokens or one of "
                                      f"{', '.join(SPECIAL_NAMES)}")
         return self.add_tokens(tokens, special_tokens=True)
 

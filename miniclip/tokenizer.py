@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from miniclip.encoding import TokenizerError, quote
+from miniclip.encoding import TokenizerError
+from miniclip.files import shown
 from miniclip.text_habits import (
     TextHabits,
     added_entries,
@@ -39,7 +40,7 @@ END = "</w>"  # closes the last symbol of a word, so that "a" alone and "a" insi
 OPENAI_MERGES = 49152 - 256 - 2  # OpenAI's file lists 262,144 merges; CLIP takes the first 48,894
 MAX_FILE_BYTES = 64 * 2**20
 MAX_LINES = 1_000_000
-LETTERS_AT_ONCE = 10_000  # bytes that are merged together; a longer word is merged alone
+LETTERS_AT_ONCE = 10_000  # bytes that are merged together
 MOST_WORDS = 50_000  # that are remembered before all are forgotten
 
 
@@ -91,6 +92,8 @@ def _in_order(run: re.Match) -> str:
     """Canonical order, as Unicode defines it: signs decomposed, the marks after each base sorted by class."""
     signs = "".join([unicodedata.normalize("NFD", sign) for sign in run[0]])
     bases = [i for i, sign in enumerate(signs) if not unicodedata.combining(sign)]
+    if len(bases) == len(signs):
+        return signs
     return "".join(["".join(sorted(signs[start:end], key=unicodedata.combining))
                     for start, end in zip([0, *bases], [*bases, len(signs)], strict=True)])
 
@@ -173,16 +176,19 @@ def merge(symbols: list[str | None], merges: list[tuple[str, str]],
 
     while heap:
         rank = heapq.heappop(heap)
-        first, second = merges[rank]
+        (first, second), joined = merges[rank], []
+        both = first + second
         for i in sorted(places.pop(rank)):
             j = after[i]
-            if symbols[i] != first or symbols[j] != second:  # one of them is part of another symbol by now
-                continue
-            symbols[i], symbols[j] = first + second, ""
-            h, k = before[i], after[j]
-            after[i], before[k] = k, i
-            note(h, (symbols[h], symbols[i]))
-            note(i, (symbols[i], symbols[k]))
+            if symbols[i] == first and symbols[j] == second:  # neither is part of another symbol by now
+                symbols[i], symbols[j] = both, ""
+                k = after[i] = after[j]
+                before[k] = i
+                joined.append(i)
+        for i in joined:
+            note(before[i], (symbols[before[i]], both))
+            if symbols[after[i]] != both:  # which notes that pair itself
+                note(i, (both, symbols[after[i]]))
     return [symbol for symbol in symbols if symbol != ""]
 
 
@@ -265,7 +271,7 @@ class CLIPTokenizer(TextHabits):
         **options: Any,
     ):
         if rules not in ("transformers", "openai"):
-            raise TokenizerError(f"rules = {quote(rules)} is neither 'transformers' nor 'openai'")
+            raise TokenizerError(f"rules = {shown(rules)} is neither 'transformers' nor 'openai'")
         self.bos_token, self.eos_token = bos_token, eos_token
         self.unk_token, self.pad_token = unk_token, pad_token
         self.merges, self.rules, self.fix_text = [tuple(m) for m in merges], rules, fix_text
@@ -299,23 +305,39 @@ class CLIPTokenizer(TextHabits):
     def _forget(self) -> None:
         self._known = {token: [self.vocab[token]] for token in self.added_tokens}  # word -> ids
 
+    @functools.cached_property
+    def _links(self) -> set[str]:
+        """Two letters between which some pair is joined; between all others even a long word may be cut."""
+        return {first[-1] + second[0] for first, second in self.merges if first and second}
+
+    def _merged(self, symbols: list[str | None]) -> list[str | None]:
+        """merge(), some thousand letters at a time, which the processor's cache holds."""
+        def apart(left: str | None, right: str | None) -> bool:
+            return left is None or right is None or left[-1] + right[0] not in self._links
+
+        merged, start = [], 0
+        while start < len(symbols):
+            ends = range(start + LETTERS_AT_ONCE, min(start + 2 * LETTERS_AT_ONCE, len(symbols)))
+            end = next((i for i in ends if apart(symbols[i - 1], symbols[i])), len(symbols))
+            merged += merge([*symbols[start:end], None], self.merges, self._ranks)[:-1]
+            start = end
+        return merged
+
     def _new_ids(self, words: list[str]) -> Iterator[list[int]]:
-        """Ids of each word. Some thousand letters are merged at once: short words share what that takes."""
-        id_of, symbols = self.vocab.get, []
-        for number, word in enumerate(words, 1):
-            symbols += [*spell(word), None]
-            if len(symbols) > LETTERS_AT_ONCE or number == len(words):
-                merged, start, unknown = merge(symbols, self.merges, self._ranks), 0, self.unk_token_id
-                while start < len(merged):
-                    end = merged.index(None, start)
-                    yield [id_of(symbol, unknown) for symbol in merged[start:end]]
-                    start = end + 1
-                symbols = []
+        """Ids of each word. They are merged together: many short ones share what a merge() takes."""
+        merged = self._merged([s for word in words for s in (*spell(word), None)])
+        start, id_of, unknown = 0, self.vocab.get, self.unk_token_id
+        while start < len(merged):
+            end = merged.index(None, start)
+            yield [id_of(symbol, unknown) for symbol in merged[start:end]]
+            start = end + 1
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of a text, without start and end. Short words are remembered, so each is merged once."""
         pieces = list(self._pieces(text))
-        new = [word for word in dict.fromkeys(pieces) if word not in self._known]
+        new = list(set(pieces).difference(self._known))
+        if not new:
+            return [i for word in pieces for i in self._known[word]]
         ids = dict(zip(new, self._new_ids(new), strict=True))
         found = [i for word in pieces for i in self._known.get(word) or ids[word]]
         if len(self._known) > MOST_WORDS:
@@ -533,7 +555,7 @@ def _pairs(lines: Iterable[str], source: str) -> list[tuple[str, str]]:
             continue
         parts = line.split(" ")
         if len(parts) != 2 or not all(parts):
-            raise TokenizerError(f"{source}: merge {number} is {quote(line)}, not two symbols and a blank")
+            raise TokenizerError(f"{source}: merge {number} is {shown(line)}, not two symbols and a blank")
         pairs.append((parts[0], parts[1]))
     return pairs
 
@@ -577,13 +599,13 @@ def _read_tokenizer_json(path: str) -> tuple[dict[str, int], list[tuple[str, str
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or "merges" not in model:
         raise TokenizerError(f"{path}: model holds no vocab and merges; only BPE is read")
     if model.get("end_of_word_suffix") != END:
-        raise TokenizerError(f"{path}: end_of_word_suffix = {quote(model.get('end_of_word_suffix'))}, "
+        raise TokenizerError(f"{path}: end_of_word_suffix = {shown(model.get('end_of_word_suffix'))}, "
                              f"CLIP's is {END!r}")
     merges = model["merges"]
     if not isinstance(merges, list):
-        raise TokenizerError(f"{path}: model.merges = {quote(merges)} is not a list")
+        raise TokenizerError(f"{path}: model.merges = {shown(merges)} is not a list")
     lines = [" ".join(pair) if is_texts(pair) else pair for pair in merges]
     if not is_texts(lines):
         wrong = next(line for line in lines if not isinstance(line, str))
-        raise TokenizerError(f"{path}: model.merges holds {quote(wrong)}, not two symbols")
+        raise TokenizerError(f"{path}: model.merges holds {shown(wrong)}, not two symbols")
     return model["vocab"], _pairs(lines, path), added_entries(values.get("added_tokens"))

@@ -79,7 +79,8 @@ def test_where_a_model_is(run: Path, tmp_path: Path) -> None:
     *(json.dumps({"size": 16, "channels": 1, "fold": 2, "captions": ["春"]} | change) for change in (
         {"size": "16"}, {"size": 0}, {"size": -16}, {"size": 1e30}, {"size": 10**30}, {"size": True},
         {"size": [16]}, {"size": None}, {"channels": 2}, {"channels": 64}, {"fold": 3}, {"fold": {"x": 1}},
-        {"captions": "春"}, {"captions": [1]}, {"captions": None}, {"captions": {"x": 1}}, {"size": ["x" * 100_000] * 9})),
+        {"captions": "春"}, {"captions": [1]}, {"captions": None}, {"captions": {"x": 1}},
+        {"size": ["x" * 100_000] * 9})),
 ], ids=range(24))
 def test_a_writer_that_none_has_saved_is_one_line(run: Path, tmp_path: Path, text: str, capsys) -> None:
     """In python -m minidiff and in train.sample."""

@@ -4,6 +4,7 @@ errors in one line."""
 import dataclasses
 import json
 import math
+import re
 import shutil
 import time
 from pathlib import Path
@@ -259,6 +260,32 @@ def test_what_is_a_spelling():
     assert find_spellings([names, others]) == [["薑", "ginger"], ["蒜", "garlic"], ["梅", "plum"]]
     assert find_spellings([names, ["root", "root", "root", "fruit"]]) == [["梅", "fruit"]]
     assert find_spellings([names, ["ginger", "ginger root", "garlic", "梅"]]) == [["蒜", "garlic"]]
+
+
+@pytest.mark.parametrize("change", [
+    {"files": "a"}, {"files": [1]}, {"files": None}, {"files": {"a": 1}}, {"captions": ["a", ["b"]]},
+    {"captions": ["x" * 9_000, 1]}, {"files": ["a"]}, {"root": 3}, {"root": "a\0b"}, {"root": ["x" * 9_000]},
+    {"root": "\ud800"}, {"weights": "x"}, {"weights": [1]}, {"weights": 1e300},
+])
+def test_an_index_with_values_of_the_wrong_kind_is_one_line(tmp_path, change):
+    save_index(tmp_path, ["a.png", "b.png"], ["a", "b"], torch.eye(2), 7)
+    good = read_json(tmp_path / "index.json")
+    assert Index.load(tmp_path).weights == 7
+    (tmp_path / "index.json").write_text(json.dumps(good | change))
+    with pytest.raises(WeightsError, match=re.escape(str(tmp_path))) as caught:
+        index = Index.load(tmp_path)
+        index.path(0)
+        assert change == {"root": "\ud800"}                # a name that no file can have
+        raise WeightsError(str(tmp_path))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("embeddings", [torch.eye(3), torch.ones(2), torch.eye(2, dtype=torch.int64),
+                                        torch.eye(2, dtype=torch.complex64)])
+def test_an_index_with_vectors_of_another_kind(tmp_path, embeddings):
+    save_index(tmp_path, ["a.png", "b.png"], ["a", "b"], embeddings)
+    with pytest.raises(WeightsError, match="2 files, 2 captions, embeddings of shape"):
+        Index.load(tmp_path)
 
 
 def test_an_index_of_other_weights_is_said_to_be_that(tmp_path, capsys):

@@ -340,6 +340,19 @@ def test_damage_before_the_last_line_of_metrics_is_one_line(tmp_path: Path, line
     assert math.isnan(Metrics(path, resume_at=2).rows[0]["loss"]) and path.read_bytes().count(b"\n") == 1
 
 
+@pytest.mark.parametrize("lines", [
+    [b'{"step": 1},{"step": 2', b'"x": 3}'], [b'{"step": 1}, {"step": 2}'], [b'{"},', b'{": 1, "step": 1}'],
+    [b'{"},', b'{": 1, "step": 1},{"step": 2}'], [b'{"step": 1}]}'], [b'{"step": 1}], "rows": [{"step": 1}'],
+])
+def test_lines_that_are_rows_only_together_are_none(tmp_path: Path, lines: list[bytes]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n' + b"\n".join(lines) + b"\n")
+    with pytest.raises(WeightsError, match="metrics.jsonl, line 2: not JSON"):
+        read_rows(path)
+    path.write_bytes(b"".join(b'{"step": %d}\r\n' % i for i in range(12_000)))
+    assert [row["step"] for row in read_rows(path)] == list(range(12_000))
+
+
 def test_rows_that_memory_is_not_taken_for(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"\n" * 101)
     monkeypatch.setattr("train.run.log.MAX_ROWS", 100)

@@ -25,7 +25,7 @@ from tests.test_train_parallel import needs_fork, together
 from train import judge, train_clip, train_diffusion, validation
 from train.errors import UserError
 from train.run import cli, distributed, loop
-from train.run.checkpoint import load_checkpoint
+from train.run.checkpoint import load_checkpoint, save_checkpoint
 from train.run.cli import check_flags, command, parse_flags
 
 ROOT = Path(__file__).parent.parent
@@ -194,6 +194,20 @@ def test_resume_takes_the_settings_of_the_run(name: str, tmp_path: Path) -> None
         from_shell(name, "--out", str(out), "--resume", "--lr", "0.5")
     moved = out.rename(tmp_path / "moved")
     assert parse_flags(script.TrainConfig, "", ["--out", str(moved), "--resume"]).out == str(moved)
+
+
+@both
+def test_resume_steps_over_a_checkpoint_that_is_wrong_inside(name: str, tmp_path: Path, capsys) -> None:
+    out = train(name, tmp_path / "run", save_every=2)
+    state = load_checkpoint(out / "checkpoint.pt")
+    state["optimizers"][0]["param_groups"][0]["lr"] = "fast"
+    save_checkpoint(out / "checkpoint.pt", state)
+    before = load_checkpoint(out / "checkpoint.1.pt")["step"]
+    capsys.readouterr()
+    train(name, out, save_every=2, resume=True)
+    said = capsys.readouterr().out
+    assert f"resumed at step {before}" in said and steps_in(out) == [0, 1, 2, 3]
+    assert re.search(r"warning: .*checkpoint.pt: damaged: .*lr is 'fast'.*; trying the checkpoint b", said)
 
 
 @pytest.mark.parametrize("text, words", [

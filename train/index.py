@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from miniclip.files import reason, shown
 from miniclip.image_text import ImageTextModel
 from miniclip.weights import (
     WeightsError,
@@ -54,15 +55,18 @@ class Index:
         for name, value in (("files", files), ("captions", captions)):
             if not is_texts(value):
                 raise WeightsError(f"{folder / 'index.json'}: {name} is not a list of texts")
-        if embeddings is None or embeddings.ndim != 2 or not len(embeddings) == len(files) == len(captions):
-            shape = None if embeddings is None else list(embeddings.shape)
-            raise WeightsError(f"{folder}: {len(files)} files, {len(captions)} captions, embeddings of shape "
-                               f"{shape}")
+        found = "None" if embeddings is None else f"of shape {list(embeddings.shape)}, {embeddings.dtype}"
+        if (embeddings is None or embeddings.ndim != 2 or not embeddings.is_floating_point()
+                or not len(embeddings) == len(files) == len(captions)):
+            raise WeightsError(f"{folder}: {len(files)} files, {len(captions)} captions, embeddings {found}")
         root, weights = lists.get("root"), lists.get("weights")
         if not isinstance(root, str | None) or not isinstance(weights, int | None):
-            found = f"root = {root!r}, weights = {weights!r}"
+            found = f"root = {shown(root)}, weights = {shown(weights)}"
             raise WeightsError(f"{folder / 'index.json'}: {found}: not a text and a number")
-        root = "" if root is None else os.path.realpath(folder / root)
+        try:
+            root = "" if root is None else os.path.realpath(folder / root)
+        except (OSError, ValueError) as error:              # a NUL in it, or half a character
+            raise WeightsError(f"{folder / 'index.json'}: root = {shown(root)}: {reason(error)}") from None
         return cls(files, captions, embeddings, root, weights)
 
     def path(self, i: int) -> str:

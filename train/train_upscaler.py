@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miniclip.weights import read_json
 from minidiff.text_to_image import UPSCALER, TextToImage
 from minidiff.upscaler import Upscaler, build_upscaler
 
@@ -26,7 +25,7 @@ from .data.folder import CaptionedImages
 from .data.grid import save_grid
 from .errors import UserError
 from .optim import build_optimizers, parameter_count, set_learning_rate
-from .run.cli import MAX_SEED, check_flags, flag, model_folder, parse_flags, pick_device, start
+from .run.cli import MAX_SEED, check_flags, flag, model_folder, parse_flags, pick_device, read_settings, start
 from .run.log import Progress
 from .run.state import EMA
 
@@ -95,7 +94,7 @@ def open_large(cfg: UpscalerConfig, model: TextToImage) -> Tensor:
     size, channels, _ = model.format
     if not 8 <= cfg.crop <= size or size % 2 or cfg.crop % 2:
         raise UserError(f"--crop {cfg.crop}: even, and at most the {size} pixels of {cfg.run}'s images")
-    run = read_json(Path(cfg.run) / "config.json")
+    run = read_settings(Path(cfg.run), data=str, caption_column=str)
     data = CaptionedImages(cfg.data or run["data"], 2 * size, channels, run["caption_column"])
     return data.images()
 

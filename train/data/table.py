@@ -17,6 +17,7 @@ from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 from miniclip.files import WeightsError, atomic_write, parse_json, read_bytes, shown
+from miniclip.tokenizer import normal
 
 from ..errors import DataError
 from .image import SUFFIXES
@@ -57,7 +58,7 @@ def list_captioned(root, caption_column: str = "caption") -> list[Captioned]:
 
 
 def _tidy(text) -> str:
-    return " ".join(unicodedata.normalize("NFC", text or "").split())
+    return " ".join(normal("NFC", text or "").split())
 
 
 def columns_of(root) -> list[str]:
