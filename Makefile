@@ -5,6 +5,7 @@
 # make parity   the tests against diffusers, transformers and open_clip
 # make bench    speed and memory beside diffusers
 # make faults   training runs killed at random, on two hosts too: is anything lost?
+# make fuzz     damaged input for every reader: does it load, or end in one line?
 # make setup    only build .venv (every verb does so when it is missing or out of date)
 #
 # PYTHON=python3.12               another Python
@@ -26,7 +27,7 @@ STROKES_OUT ?= out/strokes
 # train and data under these names from any folder: --editable knows the packages only
 ON_PATH = import os, pathlib, sysconfig; pathlib.Path(sysconfig.get_path('purelib'), 'checkout.pth').write_text(os.getcwd())
 
-.PHONY: setup demo demo-strokes demo-clip test parity faults bench clean
+.PHONY: setup demo demo-strokes demo-clip test parity faults fuzz bench clean
 
 setup: $(VENV)/base.stamp
 
@@ -72,6 +73,9 @@ parity: $(VENV)/parity.stamp
 
 faults: $(VENV)/test.stamp
 	$(RUN) -m tests.faults
+
+fuzz: $(VENV)/test.stamp
+	$(RUN) -m tests.faults.fuzz
 
 bench: $(VENV)/parity.stamp
 	$(RUN) -m tests.bench
