@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import base64
 import collections
+import contextlib
 import functools
 import gc
+import io
 import itertools
 import json
 import multiprocessing
@@ -54,8 +56,9 @@ def base_of(reader: Reader) -> Base:
         entries = sorted(Path(place).iterdir())
         base = {entry.name: {file.relative_to(place).as_posix(): file.read_bytes()
                              for file in sorted([entry, *entry.rglob("*")]) if file.is_file()} for entry in entries}
-        for entry in entries:
-            reader.read(entry)
+        with contextlib.redirect_stdout(io.StringIO()):
+            for entry in entries:
+                reader.read(entry)
     return base
 
 

@@ -59,7 +59,7 @@ class Hang(BaseException):
 
 # -------------------------------------------------------------------------------------------- the audit hook
 
-caught: list[tuple[str, str]] = []      # what the hook saw of this input, even if the reader hid the error
+caught: list[tuple[str, str]] = []      # what hook and clock saw of this input, even if the reader hides it
 
 
 def install(folder: Path) -> None:
@@ -125,6 +125,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         return
 
     def over(number: int, frame: Any) -> None:
+        caught.append(("hang", f"over {seconds} s"))
         raise Hang(f"over {seconds} s")
 
     signal.signal(signal.SIGPROF, over)
@@ -150,7 +151,7 @@ def examine(number: int, read: Callable[[Path], Any], path: Path, errors: tuple[
         raise
     except BaseException as error:  # noqa: BLE001  whatever a reader may raise
         kind, key, detail = judge(error, errors)
-    if caught:
+    if caught and kind != caught[0][0]:
         kind, what = caught[0]
         key, detail = f"{kind} {key}", f"{what}\n{detail}"
     peak = peak_memory()
@@ -161,13 +162,11 @@ def examine(number: int, read: Callable[[Path], Any], path: Path, errors: tuple[
 
 def judge(error: BaseException, errors: tuple[type, ...]) -> tuple[str, str, str]:
     """(kind, key, detail) of what a reader raised. Of Python's own errors only the very class may be."""
-    text = "".join(traceback.format_exception(error))
-    key = f"{type(error).__name__} {place_of(error)}"
-    detail = "\n".join(line[:300] for line in text.splitlines()[-14:])
+    key, detail = f"{type(error).__name__} {place_of(error)}", last_lines(error)
     chain = error
     while chain is not None:            # a reader may have made one line of it
         if isinstance(chain, MemoryError) or "allocate memory" in str(chain)[:1000]:
-            return "memory", f"memory {place_of(chain)}", detail
+            return "memory", f"memory {place_of(chain)}", last_lines(chain)
         chain = chain.__cause__ or chain.__context__
     if isinstance(error, Hang):
         return "hang", key, detail
@@ -178,6 +177,12 @@ def judge(error: BaseException, errors: tuple[type, ...]) -> tuple[str, str, str
     if len(message) > MOST_MESSAGE or len(message.splitlines()) != 1:
         return "message", key, f"{len(message)} characters in {len(message.splitlines())} lines\n{detail}"
     return "line", "", message
+
+
+def last_lines(error: BaseException) -> str:
+    """Of a traceback."""
+    text = "".join(traceback.format_exception(error))
+    return "\n".join(line[:300] for line in text.splitlines()[-14:])
 
 
 def place_of(error: BaseException) -> str:

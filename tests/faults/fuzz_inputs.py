@@ -133,7 +133,7 @@ def read_for_clip(path: Path) -> None:
 
 
 def read_for_pipeline(path: Path) -> None:
-    from_pil(read_picture(str(path)), 16, 16, "RGB")
+    from_pil([read_picture(str(path))], 16, 16, "RGB")
 
 
 # ------------------------------------------------------------------------------------------- files of weights

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+MOST_MORE = 2**19                       # bytes that a file may grow by: 5 s have to do for any input
 Content = bytes | str | None            # of a file; "folder" or "pipe" in its place; None: it is missing
 Base = dict[str, dict[str, bytes]]      # for each input, a file or a folder, the content of its files by path
 NUMBERS = (-1, 0, 1, 2, 3, 7, 127, 255, 256, 65_535, 65_536, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64,
@@ -51,7 +52,7 @@ def mutated(base: Base, seed: int, name: str, number: int) -> Case:
         if rng.random() < 0.02:
             changes[path] = rng.choice((None, "folder", "pipe", b"", donor))
         elif isinstance(now, bytes):
-            changes[path] = change(path, now, donor, rng)
+            changes[path] = change(path, now, donor, rng)[:len(files[path]) + MOST_MORE]
     return Case(entry, changes)
 
 
