@@ -4,8 +4,8 @@
     python -m tests.faults.fuzz --seed 1 --only json:17         one input, here, with its traceback
     python -m tests.faults.fuzz --corpus                        each case that once failed
 
-Read after fuzz_folders.py. Inputs are read in workers, each a child of this process with limits on time and
-memory and an audit hook; see fuzz_guard.py. What fails is left in --out as files of the corpus's form.
+Read last of the fuzzer: fuzz_guard, fuzz_mutate, fuzz_inputs, fuzz_models, fuzz_readers, fuzz_workers, fuzz.
+What fails is left in --out as files of the corpus's form.
 """
 
 from __future__ import annotations
@@ -13,159 +13,28 @@ from __future__ import annotations
 import argparse
 import base64
 import collections
-import contextlib
 import functools
 import gc
-import io
-import itertools
 import json
-import multiprocessing
-import os
 import shutil
 import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from tests.faults import fuzz_guard as guard
-from tests.faults.fuzz_folders import READERS, Reader
 from tests.faults.fuzz_guard import GOOD, KINDS, ROOT, Result
 from tests.faults.fuzz_mutate import Base, Case, Content, mutated
+from tests.faults.fuzz_readers import READERS, Reader
+from tests.faults.fuzz_workers import Turn, base_of, put
 from train.run.log import Progress
 
 CORPUS = Path(__file__).parent / "corpus"
 TURN = 2.0              # seconds that a reader's worker lives, before it is another reader's turn
-WATCHDOG = 30.0         # seconds without an answer after which a worker is killed: it blocks, or loops in C
-METHOD = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-
-
-# ---------------------------------------------------------------------------------------------------- inputs
-
-
-def base_of(reader: Reader) -> Base:
-    """The reader's valid inputs; each is read once, so that what it imports is there before workers fork."""
-    with tempfile.TemporaryDirectory() as place:
-        torch.manual_seed(0)
-        reader.build(Path(place))
-        entries = sorted(Path(place).iterdir())
-        base = {entry.name: {file.relative_to(place).as_posix(): file.read_bytes()
-                             for file in sorted([entry, *entry.rglob("*")]) if file.is_file()} for entry in entries}
-        with contextlib.redirect_stdout(io.StringIO()):
-            for entry in entries:
-                reader.read(entry)
-    return base
-
-
-def put(path: Path, content: Content) -> None:
-    """Makes a file what a case says."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    elif path.exists():
-        path.unlink()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content == "pipe" and hasattr(os, "mkfifo"):
-        os.mkfifo(path)
-    elif content == "folder":
-        path.mkdir()
-
-
-def restore(folder: Path, files: dict[str, bytes], changed: Iterable[str]) -> None:
-    """Makes the input valid again: what was changed is put back, and what the reader left is taken away."""
-    for path in changed:
-        put(folder / path, files[path])
-    for file in [file for file in folder.rglob("*") if file.is_file()]:
-        if file.relative_to(folder).as_posix() not in files:
-            file.unlink()
-
-
-# --------------------------------------------------------------------------------------------------- workers
-
-
-def work(connection: Any, reader: Reader, base: Base, case_of: Callable[[int], Case], first: int, last: int,
-         seconds: float, folder: Path) -> None:
-    """Reads the inputs first .. last - 1 until so many seconds have passed, and sends a Result of each."""
-    torch.set_num_threads(1)
-    for stream in (1, 2):               # what readers and libraries print
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    guard.limit_memory()
-    guard.install(folder)
-    began = time.monotonic()
-    for number in range(first, last):
-        connection.send(examined(reader, base, case_of(number), number, folder))
-        if time.monotonic() - began > seconds:
-            break
-    connection.send(None)
-    connection.close()
-
-
-def examined(reader: Reader, base: Base, case: Case, number: int, folder: Path) -> Result:
-    """Lays an input into the folder, reads it, and makes it valid again."""
-    entry = folder / case.entry
-    for path, content in base[case.entry].items() if not entry.exists() else ():
-        put(folder / path, content)
-    for path, content in case.changes.items():
-        put(folder / path, content)
-    result = guard.examine(number, reader.read, entry, reader.errors)
-    mine = {path: content for path, content in base[case.entry].items()}
-    others = {file: b"" for name in base if name != case.entry for file in base[name]}
-    restore(folder, {**others, **mine}, case.changes)
-    return result
-
-
-class Turn:
-    """A worker for one reader, and what it has sent."""
-
-    def __init__(self, name: str, reader: Reader, base: Base, case_of: Callable[[int], Case], first: int,
-                 last: int, seconds: float, place: Path):
-        self.name, self.next, self.last, self.heard = name, first, last, time.monotonic()
-        self.folder = Path(tempfile.mkdtemp(dir=place))
-        context = multiprocessing.get_context(METHOD)
-        self.connection, theirs = context.Pipe(duplex=False)
-        self.process = context.Process(target=work, daemon=True, args=(
-            theirs, reader, base, case_of, first, last, seconds, self.folder))
-        self.process.start()
-        theirs.close()
-        self.over = False
-
-    def results(self) -> Iterator[Result]:
-        """Those that have come. A worker that died, or is silent for too long, is the result of its input."""
-        try:
-            while not self.over and self.connection.poll():
-                result = self.connection.recv()
-                self.heard = time.monotonic()
-                if result is None:
-                    self.end()
-                else:
-                    self.next = result.number + 1
-                    yield result
-        except EOFError:
-            self.process.join()
-            yield self.failed("died", f"exit code {self.process.exitcode}")
-        if not self.over and time.monotonic() - self.heard > WATCHDOG:
-            yield self.failed("hang", f"silent for {WATCHDOG:.0f} s")
-
-    def failed(self, kind: str, why: str) -> Result:
-        self.end()
-        self.next += 1
-        return Result(self.next - 1, kind, f"{kind} {why}", why, time.monotonic() - self.heard)
-
-    def end(self) -> None:
-        """Ends the process and removes its folder."""
-        self.over = True
-        self.process.join(1)
-        if self.process.is_alive():
-            self.process.kill()
-        self.process.join()
-        self.connection.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 # --------------------------------------------------------------------------------------------------- the run
@@ -191,7 +60,8 @@ class Tally:
 
 def fuzz(readers: dict[str, Reader], seed: int = 0, seconds: float = 1e9, inputs: int = 10**12, jobs: int = 1,
          each: int = 10**12, bases: dict[str, Base] | None = None) -> dict[str, Tally]:
-    """Readers take turns until so many seconds have passed or so many inputs were read; each: of one reader."""
+    """Readers take turns until so many seconds have passed or so many inputs were read. each: of one reader.
+    bases: their valid inputs, where they are there."""
     bases = bases or {name: base_of(reader) for name, reader in readers.items()}
     gc.collect(), gc.freeze()
     tallies, starts = {name: Tally() for name in readers}, dict.fromkeys(readers, 0)
@@ -232,8 +102,8 @@ def fuzz(readers: dict[str, Reader], seed: int = 0, seconds: float = 1e9, inputs
 
 def table(tallies: dict[str, Tally]) -> str:
     """A row for each reader, and all of them together."""
-    heads = ["reader", "inputs", "loaded", "one line", *(f"{kind}s" for kind in ("traceback", "message", "hang")),
-             "memory", "processes", "sockets", "outside", "died", "slowest s", "peak MB", "inputs/s"]
+    heads = ["reader", "inputs", "loaded", "one line", "tracebacks", "messages", "hangs", "memory",
+             "processes", "sockets", "outside", "died", "slowest s", "peak MB", "inputs/s"]
     rows = []
     for name, tally in tallies.items():
         total = tally.counts.total()
@@ -241,10 +111,11 @@ def table(tallies: dict[str, Tally]) -> str:
                      tally.peak >> 20, round(total / max(tally.seconds, 1e-9))])
     columns = list(zip(*rows))[1:]
     total, seconds = sum(columns[0]), sum(tally.seconds for tally in tallies.values())
-    rows.append(["all", *map(sum, columns[:11]), max(columns[11]), max(columns[12]), round(total / max(seconds, 1e-9))])
-    lines = [["| " + " | ".join(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row) + " |"]
+    rows.append(["all", *map(sum, columns[:11]), max(columns[11]), max(columns[12]),
+                 round(total / max(seconds, 1e-9))])
+    cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row]
              for row in [heads, ["---"] + ["--:"] * (len(heads) - 1), *rows]]
-    return "\n".join(itertools.chain(*lines))
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 # ---------------------------------------------------------------------------------------------------- corpus
@@ -274,6 +145,10 @@ def case_of_entry(entry: dict[str, Any]) -> Case:
     return Case(entry["entry"], {path: content(file) for path, file in entry["files"].items()})
 
 
+def write_entry(path: Path, entry: dict[str, Any]) -> None:
+    path.write_text(json.dumps(entry, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
 def corpus() -> dict[Path, dict[str, Any]]:
     return {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(CORPUS.glob("*.json"))}
 
@@ -287,7 +162,8 @@ def replay(entries: list[dict[str, Any]], bases: dict[str, Base], readers: dict[
             mine = [i for i, entry in enumerate(entries) if entry["reader"] == name]
             cases, first = [case_of_entry(entries[i]) for i in mine], 0
             while first < len(cases):
-                turn = Turn(name, readers[name], bases[name], cases.__getitem__, first, len(cases), 1e9, Path(place))
+                turn = Turn(name, readers[name], bases[name], cases.__getitem__, first, len(cases), 1e9,
+                            Path(place))
                 while not turn.over:
                     wait([turn.connection], 0.5)
                     results |= {mine[result.number]: result for result in turn.results()}
@@ -303,7 +179,7 @@ def keep(tallies: dict[str, Tally], bases: dict[str, Base], seed: int, out: Path
             entry = as_entry(name, mutated(bases[name], seed, name, result.number), f"{result.kind}: {key}")
             out.mkdir(parents=True, exist_ok=True)
             file = f"{name}-{zlib.crc32(key.encode()):08x}.json"
-            (out / file).write_text(json.dumps(entry, ensure_ascii=False, indent=1), encoding="utf-8")
+            write_entry(out / file, entry)
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -316,8 +192,8 @@ def only(name: str, number: int, seed: int) -> int:
     with tempfile.TemporaryDirectory() as place:
         for path, content in {**base[case.entry], **case.changes}.items():
             put(Path(place, path), content)
-        print(f"{case.entry}: " + ", ".join(f"{path} {content if not isinstance(content, bytes) else len(content)}"
-                                            for path, content in case.changes.items()))
+        for path, content in case.changes.items():
+            print(f"{path}: {len(content)} bytes" if isinstance(content, bytes) else f"{path}: {content}")
         READERS[name].read(Path(place, case.entry))
     print("loaded")
     return 0
@@ -330,7 +206,7 @@ def replay_corpus() -> int:
     for (path, entry), result in zip(found.items(), replay(list(found.values()), bases), strict=True):
         print(f"{result.kind:10s}{'' if entry['closed'] else 'open  '}{path.name}  {entry['found']}")
         if result.kind in GOOD and not entry["closed"]:
-            path.write_text(json.dumps({**entry, "closed": True}, ensure_ascii=False, indent=1), encoding="utf-8")
+            write_entry(path, {**entry, "closed": True})
     return 0
 
 
@@ -342,8 +218,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--readers", default=",".join(READERS), help="some of %(default)s")
     parser.add_argument("--jobs", type=int, default=1, help="workers at a time (%(default)s)")
     parser.add_argument("--only", metavar="READER:NUMBER", help="one input, with its traceback")
-    parser.add_argument("--corpus", action="store_true", help="the cases that once failed; marks what is closed")
-    parser.add_argument("--out", type=Path, default=ROOT / "out" / "fuzz", help="for cases that fail (%(default)s)")
+    parser.add_argument("--corpus", action="store_true", help="the cases that once failed; marks the closed")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "fuzz", help="for cases that fail")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     if args.only:

@@ -59,12 +59,13 @@ class Hang(BaseException):
 
 # -------------------------------------------------------------------------------------------- the audit hook
 
+watching = False                        # while an input is read
 caught: list[tuple[str, str]] = []      # what hook and clock saw of this input, even if the reader hides it
 
 
 def install(folder: Path) -> None:
     """Forbids this process all but reading Python, the project and `folder`, and writing to `folder`."""
-    places = [*sys.path, sys.prefix, sys.base_prefix, *sysconfig.get_paths().values(), Path(torch.__file__).parent]
+    places = [*sys.path, sys.prefix, sys.base_prefix, *sysconfig.get_paths().values(), *torch.__path__]
     places = [os.path.realpath(place) for place in places if str(place) not in ("", str(ROOT))]
     readable = tuple(f"{place}{os.sep}" for place in [*places, *(ROOT / name for name in PACKAGES)])
     inside = os.path.realpath(folder) + os.sep
@@ -74,6 +75,8 @@ def install(folder: Path) -> None:
         raise Forbidden(what)
 
     def watch(event: str, values: tuple) -> None:
+        if not watching:
+            return
         if event in STARTS:
             refuse("process", f"{event} {values[:2]!r:.200}")
         if event.startswith("socket."):
@@ -141,16 +144,18 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 def examine(number: int, read: Callable[[Path], Any], path: Path, errors: tuple[type, ...]) -> Result:
     """Reads an input and says how that ended. errors: those that may be raised, in one line."""
+    global watching
     caught.clear()
     before, began = peak_memory(), time.perf_counter()
     try:
+        watching = True
         with time_limit(SECONDS):
             read(path)
         kind, key, detail = "loaded", "", ""
-    except KeyboardInterrupt:
-        raise
     except BaseException as error:  # noqa: BLE001  whatever a reader may raise
+        watching = False
         kind, key, detail = judge(error, errors)
+    watching = False
     if caught and kind != caught[0][0]:
         kind, what = caught[0]
         key, detail = f"{kind} {key}", f"{what}\n{detail}"

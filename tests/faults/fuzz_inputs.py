@@ -1,7 +1,7 @@
 """The readers of the project, each with valid inputs, small, and how these are read.
 
-Read after fuzz_mutate.py. A reader's `build` leaves files and folders, each an input of its own; models in them
-are tiny, their weights alike, so that a case that failed makes a small file of the corpus.
+Read after fuzz_mutate.py. A reader's `build` leaves files and folders, each an input of its own; models in
+them are tiny, their weights alike, so that a case that failed makes a small file of the corpus.
 """
 
 from __future__ import annotations
@@ -45,13 +45,15 @@ from minidiff.vae import AutoencoderKL
 from train.data.image import read_image, read_whole
 from train.errors import DataError, UserError
 
-OURS = (WeightsError, ConfigError, ImageError, DataError, UserError)    # one line each, wherever they are raised
+OURS = (WeightsError, ConfigError, ImageError, DataError, UserError)    # one line each, wherever raised
 MODEL_FILES = ("config.json", "model.safetensors")
 TEXTS = ("a herb shop, 春 滿 乾 坤 1921", "<|endoftext|> é\u0301 don't 🌿 [MASK] x")
 SIZES = {"hidden_size": 64, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
 VISION = {**SIZES, "image_size": 16, "patch_size": 8}
 BERT = {**SIZES, "vocab_size": 7, "max_position_embeddings": 12}
-DISTIL = {"vocab_size": 7, "dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 16, "max_position_embeddings": 12}
+DISTIL = {"vocab_size": 7, "dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 16,
+          "max_position_embeddings": 12}
+STAGES = (1, 1, 1, 1)
 CROSS, DOWN, UP, CROSS_UP = "CrossAttnDownBlock2D", "DownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"
 UNET = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "cross_attention_dim": 64,
         "down_block_types": (CROSS, DOWN), "up_block_types": (UP, CROSS_UP), "attention_head_dim": 2,
@@ -92,13 +94,13 @@ def small_clip() -> nn.Module:
 
 def small_resnet() -> nn.Module:
     text = CLIPTextConfig.for_tokenizer(tokenizer(), **SIZES)
-    return alike(CLIPResNetModel(CLIPResNetConfig(text_config=text, vision_layers=(1, 1, 1, 1), vision_width=4,
-                                                  image_size=32, projection_dim=8)))
+    return alike(CLIPResNetModel(CLIPResNetConfig(
+        text_config=text, vision_layers=STAGES, vision_width=4, image_size=32, projection_dim=8)))
 
 
 def small_simple() -> nn.Module:
-    return alike(SimpleCLIPModel(SimpleCLIPConfig(text_encoder="distilbert", text_config=DISTIL, image_width=2,
-                                                  image_layers=(1, 1, 1, 1), projection_dim=6)))
+    return alike(SimpleCLIPModel(SimpleCLIPConfig(
+        text_encoder="distilbert", text_config=DISTIL, image_width=2, image_layers=STAGES, projection_dim=6)))
 
 
 # -------------------------------------------------------------------------------------------------- pictures
@@ -106,8 +108,8 @@ def small_simple() -> nn.Module:
 
 def build_pictures(folder: Path) -> None:
     colours = Image.fromarray(np.arange(40 * 32 * 3, dtype=np.uint8).reshape(32, 40, 3))
-    pixels = {"L": colours.convert("L"), "RGB": colours, "P": colours.convert("P"), "RGBA": colours.convert("RGBA"),
-              "1": colours.convert("1"), "CMYK": colours.convert("CMYK"), "I;16": Image.new("I;16", (40, 32), 900)}
+    pixels = {mode: colours.convert(mode) for mode in ("RGB", "P", "RGBA", "1", "CMYK")}
+    pixels["I;16"] = Image.new("I;16", (40, 32), 900)
     for name, mode in (("a.png", "RGB"), ("b.png", "P"), ("c.png", "RGBA"), ("d.png", "I;16"), ("e.png", "1"),
                        ("a.jpg", "RGB"), ("b.jpg", "CMYK"), ("a.gif", "P"), ("a.bmp", "RGB"), ("b.bmp", "P"),
                        ("a.tif", "RGB"), ("b.tif", "I;16"), ("a.webp", "RGB"), ("b.webp", "RGBA")):
@@ -140,7 +142,8 @@ def read_for_pipeline(path: Path) -> None:
 
 
 def build_json(folder: Path) -> None:
-    write_json(folder / "a.json", {"a": 1, "b": [1, 2.5, None, True], "c": {"d": "春", "e": {}}, "long": "x" * 99})
+    values = {"a": 1, "b": [1, 2.5, None, True], "c": {"d": "春", "e": {}}, "long": "x" * 99}
+    write_json(folder / "a.json", values)
     (folder / "b.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"x": [[[]]], "y": 1e30}).encode("ascii"))
 
 
@@ -201,15 +204,17 @@ def build_archives(folder: Path) -> None:
     resnet = small_resnet().state_dict()
     visual = {k: v for k, v in resnet.items() if k.startswith("visual.")}
     text = clip_convert.to_openai({k: v for k, v in resnet.items() if k not in visual})
-    for name, tensors in (("vit.pt", clip_convert.to_openai(small_clip().state_dict())), ("resnet.pt", text | visual)):
+    vit = clip_convert.to_openai(small_clip().state_dict())
+    for name, tensors in (("vit.pt", vit), ("resnet.pt", text | visual)):
         torch.jit.save(torch.jit.trace(Tree(tensors), torch.zeros(1)), str(folder / name))
 
 
 def build_clip_files(folder: Path) -> None:
     clip, simple = small_clip().state_dict(), small_simple().state_dict()
-    save_file(clip_convert.to_openai(clip), folder / "open.safetensors")
+    openai = clip_convert.to_openai(clip)
+    save_file(openai, folder / "open.safetensors")
     save_file(clip, folder / "ours.safetensors")
-    torch.save({"state_dict": {f"module.{k}": v for k, v in clip_convert.to_openai(clip).items()}}, folder / "open.pt")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in openai.items()}}, folder / "open.pt")
     save_file(simple, folder / "simple.safetensors")
     torch.save(simple, folder / "best.pt")
 
@@ -234,11 +239,11 @@ def original(xl: bool) -> dict[str, torch.Tensor]:
     unet = {**UNET, "block_out_channels": (32, 64), "norm_num_groups": 32, "attention_head_dim": 8}
     if xl:
         unet |= {"use_linear_projection": True, "attention_head_dim": (1, 1), "block_out_channels": (64, 64),
-                 "cross_attention_dim": 128, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-                 "projection_class_embeddings_input_dim": 64 + 6 * 256}
+                 "cross_attention_dim": 128, "addition_embed_type": "text_time",
+                 "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 64 + 6 * 256}
+    vae = {**VAE, "block_out_channels": (32,), "norm_num_groups": 32}
     models = ((convert.UNET, UNet2DConditionModel(**unet), convert.unet_table),
-              ("first_stage_model.", AutoencoderKL(**{**VAE, "block_out_channels": (32,), "norm_num_groups": 32,
-                                                      "layers_per_block": 1}), convert.vae_table))
+              ("first_stage_model.", AutoencoderKL(**vae), convert.vae_table))
     tensors: dict[str, torch.Tensor] = {}
     for prefix, model, table in models:
         back = {new: old for old, new in table(model.config).items()}
