@@ -212,8 +212,8 @@ def replay_corpus() -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.fuzz", description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=300, help="how long (%(default)s)")
-    parser.add_argument("--inputs", type=int, default=10**9, help="how many at most")
+    parser.add_argument("--seconds", type=float, help="how long; 300 unless --inputs is given")
+    parser.add_argument("--inputs", type=int, default=0, help="how many at most")
     parser.add_argument("--seed", type=int, default=0, help="the same seed, the same inputs (%(default)s)")
     parser.add_argument("--readers", default=",".join(READERS), help="some of %(default)s")
     parser.add_argument("--jobs", type=int, default=1, help="workers at a time (%(default)s)")
@@ -229,7 +229,8 @@ def main(argv: list[str] | None = None) -> int:
         return replay_corpus()
     readers = {name: READERS[name] for name in args.readers.split(",")}
     bases = {name: base_of(reader) for name, reader in readers.items()}
-    tallies = fuzz(readers, args.seed, args.seconds, args.inputs, args.jobs, bases=bases)
+    seconds, inputs = args.seconds or (1e6 if args.inputs else 300), args.inputs or 10**12
+    tallies = fuzz(readers, args.seed, seconds, inputs, args.jobs, bases=bases)
     keep(tallies, bases, args.seed, args.out)
     print(f"\n{table(tallies)}")
     return int(any(tally.holes for tally in tallies.values()))

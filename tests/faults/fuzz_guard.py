@@ -102,8 +102,13 @@ def is_writing(mode: Any, flags: Any) -> bool:
 # ---------------------------------------------------------------------------------------------------- limits
 
 
+peak_at_first = 0
+
+
 def limit_memory() -> None:
     """From now on this process gets MOST_MEMORY more address space, where the system can say so."""
+    global peak_at_first
+    peak_at_first = peak_memory()
     statm = Path("/proc/self/statm")
     if resource and statm.exists():
         now = int(statm.read_text().split()[0]) * resource.getpagesize()
@@ -146,42 +151,40 @@ def examine(number: int, read: Callable[[Path], Any], path: Path, errors: tuple[
     """Reads an input and says how that ended. errors: those that may be raised, in one line."""
     global watching
     caught.clear()
-    before, began = peak_memory(), time.perf_counter()
+    began, error = time.perf_counter(), None
     try:
         watching = True
         with time_limit(SECONDS):
             read(path)
-        kind, key, detail = "loaded", "", ""
-    except BaseException as error:  # noqa: BLE001  whatever a reader may raise
+    except BaseException as raised:  # noqa: BLE001  whatever a reader may raise
+        error = raised
+    finally:
         watching = False
-        kind, key, detail = judge(error, errors)
-    watching = False
-    if caught and kind != caught[0][0]:
+    seconds, peak = time.perf_counter() - began, peak_memory()
+    kind, detail = judge(error, errors) if error else ("loaded", "")
+    if caught:
         kind, what = caught[0]
-        key, detail = f"{kind} {key}", f"{what}\n{detail}"
-    peak = peak_memory()
-    if kind in GOOD and peak - before > MOST_MEMORY:
-        kind, key, detail = "memory", f"memory {key}", f"{(peak - before) >> 20} MiB more in memory"
-    return Result(number, kind, key, detail, time.perf_counter() - began, peak)
+        detail = f"{what}\n{last_lines(error) if error else ''}"
+    if kind in GOOD and peak - peak_at_first > MOST_MEMORY:
+        kind, detail = "memory", f"{(peak - peak_at_first) >> 20} MiB more in memory"
+    key = "" if kind in GOOD else f"{type(error).__name__} {place_of(error)}" if error else "loaded"
+    return Result(number, kind, key, detail, seconds, peak)
 
 
-def judge(error: BaseException, errors: tuple[type, ...]) -> tuple[str, str, str]:
-    """(kind, key, detail) of what a reader raised. Of Python's own errors only the very class may be."""
-    key, detail = f"{type(error).__name__} {place_of(error)}", last_lines(error)
+def judge(error: BaseException, errors: tuple[type, ...]) -> tuple[str, str]:
+    """Kind and detail of what a reader raised. Of Python's own errors only the very class may be."""
     chain = error
     while chain is not None:            # a reader may have made one line of it
         if isinstance(chain, MemoryError) or "allocate memory" in str(chain)[:1000]:
-            return "memory", f"memory {place_of(chain)}", last_lines(chain)
+            return "memory", last_lines(chain)
         chain = chain.__cause__ or chain.__context__
-    if isinstance(error, Hang):
-        return "hang", key, detail
     if not any(type(error) is kind if kind.__module__ == "builtins" else isinstance(error, kind)
                for kind in errors):
-        return "traceback", key, detail
+        return "traceback", last_lines(error)
     message = str(error)
-    if len(message) > MOST_MESSAGE or len(message.splitlines()) != 1:
-        return "message", key, f"{len(message)} characters in {len(message.splitlines())} lines\n{detail}"
-    return "line", "", message
+    if len(message) <= MOST_MESSAGE and len(message.splitlines()) == 1:
+        return "line", message
+    return "message", f"{len(message)} characters\n{last_lines(error)}"
 
 
 def last_lines(error: BaseException) -> str:

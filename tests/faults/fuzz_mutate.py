@@ -24,8 +24,8 @@ Content = bytes | str | None            # of a file; "folder" or "pipe" in its p
 Base = dict[str, dict[str, bytes]]      # for each input, a file or a folder, the content of its files by path
 NUMBERS = (-1, 0, 1, 2, 3, 7, 127, 255, 256, 65_535, 65_536, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63,
            2**64, 10**30, -(2**63), 0.5, 1e-308, 1e308, -1e308, float("nan"), float("inf"))
-VALUES = (None, True, False, [], {}, "", "x", "nan", "\0", "é春🌿", "../../x", "a" * 10_000, "a\nb", [None],
-          [[]], [1, 2, 3], [[1, 2], "x"], {"a": {}}, [0] * 1000, *NUMBERS)
+VALUES = (None, True, False, [], {}, "", "x", "nan", "\0", "é春🌿", "../../x", "/etc/hostname", "a" * 10_000,
+          "a\nb", [None], [[]], [1, 2, 3], [[1, 2], "x"], {"a": {}}, [0] * 1000, *NUMBERS)
 RUNS = ("a", "春", "\u0300", "\u0300\u0316", "🌿", "0", " ", "\n", "\r", "\0", "!", "<|endoftext|>", "[MASK]",
         "\u202e", "\u200d", "\ufeff", "ﬃ", "İ", "Σ", "\ud7a3", "&amp;", "a ", "é", "</w>", ",", '"', "##",
         "\U000e0001", "\x1f\x85")
@@ -149,7 +149,9 @@ def change_table(raw: bytes, donor: bytes, rng: random.Random) -> bytes:
 
 
 def change_gzip(raw: bytes, donor: bytes, rng: random.Random) -> bytes:
-    """The text that is packed, packed again."""
+    """The text that is packed, packed again; or some megabytes of nothing, which pack to little."""
+    if rng.random() < 0.1:
+        return gzip.compress(bytes(2**20), mtime=0) * rng.choice((1, 100))
     return gzip.compress(change_text(gzip.decompress(raw), donor, rng), mtime=0)
 
 
@@ -266,17 +268,19 @@ def change_archive(raw: bytes, donor: bytes, rng: random.Random) -> bytes:
     pickles = [n for n in members if n.endswith(".pkl")]
     if pickles and rng.random() < 0.6:
         name = rng.choice(pickles)
-    kind = rng.randrange(6)
+    kind = rng.randrange(7)
+    packing = zipfile.ZIP_DEFLATED if kind == 6 or rng.random() < 0.2 else zipfile.ZIP_STORED
     if kind < 4:
         members[name] = change_bytes(members[name], donor, rng)
     elif kind == 4:
         content = members.pop(name)
         if rng.random() < 0.5:
             members[rng.choice((name + "x", "../x", "/x", "x" * 300, name.rpartition("/")[2]))] = content
-    else:
+    elif kind == 5:
         members[name] = members[rng.choice(list(members))]
+    else:
+        members[name] += bytes(2**23)
     file = io.BytesIO()
-    packing = zipfile.ZIP_DEFLATED if rng.random() < 0.2 else zipfile.ZIP_STORED
     with zipfile.ZipFile(file, "w") as archive:
         for member, content in members.items():
             archive.writestr(zipfile.ZipInfo(member), content, packing)

@@ -52,7 +52,7 @@ from train.train_diffusion import TrainConfig
 
 def fresh_run() -> TextToImage:
     torch.manual_seed(0)
-    tiny = Preset((8, 16), (False, True), 1, 32, 1)
+    tiny = Preset((8,), (True,), 1, 8, 1)
     return alike(build_text_to_image(tiny, ImageFormat(16, 1, 2), ["春 楷書", "滿 行書"]))
 
 
