@@ -27,6 +27,7 @@ except ImportError:                     # Windows
 ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGES = ("miniclip", "minidiff", "train", "data", "tests")
 SECONDS = 5                 # of processor time for one input, so that a busy machine makes no hang
+BLOCKED = 10                # seconds by the clock in which an input took next to no processor time
 MOST_MEMORY = 2 * 2**30     # bytes that one worker may take beside what it starts with
 MOST_MESSAGE = 1_000        # characters of an error
 STARTS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty",
@@ -124,24 +125,32 @@ def peak_memory() -> int:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises Hang in the block after so much processor time, and again each second if something hides it.
-
-    What blocks without computing, or loops in C, is ended by the parent.
-    """
+    """Raises Hang in the block after so much processor time, or where it waits and does nothing; and again if
+    something hides it. What loops in C is ended by the parent."""
     if not hasattr(signal, "setitimer"):
         yield
         return
 
     def over(number: int, frame: Any) -> None:
-        caught.append(("hang", f"over {seconds} s"))
-        raise Hang(f"over {seconds} s")
+        caught.append(("hang", f"over {seconds} s, or nothing done for {BLOCKED} s"))
+        raise Hang
 
+    def waits(number: int, frame: Any) -> None:
+        nonlocal taken
+        taken, before = time.process_time(), taken
+        if taken - before < 0.01 * BLOCKED:
+            over(number, frame)
+
+    taken = time.process_time()
     signal.signal(signal.SIGPROF, over)
+    signal.signal(signal.SIGALRM, waits)
     signal.setitimer(signal.ITIMER_PROF, seconds, 1)
+    signal.setitimer(signal.ITIMER_REAL, BLOCKED, BLOCKED)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 # ------------------------------------------------------------------------------------------------- one input

@@ -65,7 +65,7 @@ def restore(folder: Path, files: dict[str, bytes], changed: Iterable[str]) -> No
     """Makes the input valid again: what was changed is put back, and what the reader left is taken away."""
     for path in changed:
         put(folder / path, files[path])
-    for file in [file for file in folder.rglob("*") if file.is_file()]:
+    for file in [file for file in folder.rglob("*") if not file.is_dir()]:
         if file.relative_to(folder).as_posix() not in files:
             file.unlink()
 
