@@ -60,11 +60,11 @@ def test_what_once_failed(path: Path, bases: dict) -> None:
 
 
 def test_the_same_seed_gives_the_same_bytes(bases: dict) -> None:
-    for name in READERS:
+    for name in ("json", "safetensors", "pickles", "pictures", "tables", "texts", "tokenizers"):
+        again = base_of(READERS[name])
         cases = [mutated(bases[name], 7, name, number) for number in range(9)]
-        assert cases == [mutated(bases[name], 7, name, number) for number in range(9)]
-        assert cases != [mutated(bases[name], 8, name, number) for number in range(9)]
-    assert base_of(READERS["json"]) == bases["json"]
+        assert cases == [mutated(again, 7, name, number) for number in range(9)]
+        assert cases != [mutated(again, 8, name, number) for number in range(9)]
 
 
 def test_a_case_goes_into_a_file_and_comes_back(bases: dict) -> None:

@@ -58,46 +58,49 @@ class Tally:
             self.holes.setdefault(result.key, result)
 
 
-def fuzz(readers: dict[str, Reader], seed: int = 0, seconds: float = 1e9, inputs: int = 10**12, jobs: int = 1,
+def fuzz(readers: dict[str, Reader], seed: int = 0, seconds: float = 1e6, inputs: int = 10**12, jobs: int = 1,
          each: int = 10**12, bases: dict[str, Base] | None = None) -> dict[str, Tally]:
-    """Readers take turns until so many seconds have passed or so many inputs were read. each: of one reader.
-    bases: their valid inputs, where they are there."""
+    """Readers take turns until so many seconds have passed or inputs were read, or Ctrl-C was pressed. each: of
+    one reader at most. bases: their valid inputs, where they are there."""
     bases = bases or {name: base_of(reader) for name, reader in readers.items()}
-    gc.collect(), gc.freeze()
+    gc.collect(), gc.freeze()                   # so that workers share what lies in memory
     tallies, starts = {name: Tally() for name in readers}, dict.fromkeys(readers, 0)
-    queue, turns, done, began = collections.deque(readers), [], 0, time.monotonic()
-    progress = Progress(round(seconds), unit="second")
-    place = Path(tempfile.mkdtemp(prefix="fuzz"))
+    queue, turns, began = collections.deque(readers), [], time.monotonic()
+    progress, place = Progress(round(seconds), unit="second"), Path(tempfile.mkdtemp(prefix="fuzz"))
     try:
-        while turns or queue:
-            over = done >= inputs or time.monotonic() - began > seconds
-            while queue and len(turns) < jobs and not over:
+        while queue or turns:
+            done, now = sum(tally.counts.total() for tally in tallies.values()), time.monotonic() - began
+            failures = sum(len(tally.holes) for tally in tallies.values())
+            progress.show(round(now), f"{done:,} inputs, {failures} kinds of failure")
+            if done >= inputs or now > seconds:
+                queue.clear()
+            while queue and len(turns) < jobs:
                 name = queue.popleft()
-                case_of = functools.partial(mutated, bases[name], seed, name)
-                last = min(each, starts[name] + inputs - done)
-                turns.append(Turn(name, readers[name], bases[name], case_of, starts[name], last, TURN, place))
-            wait([turn.connection for turn in turns], 0.5)
-            for turn in list(turns):
-                for result in turn.results():
-                    tallies[turn.name].add(result)
-                    done += 1
-                if turn.over:
-                    turns.remove(turn)
-                    starts[turn.name] = turn.next
-                    if turn.next < each:
-                        queue.append(turn.name)
-            bad = sum(len(tally.holes) for tally in tallies.values())
-            progress.show(round(time.monotonic() - began), f"{done:,} inputs, {bad} kinds of failure")
-            if over and not turns:
-                break
+                case_of, first = functools.partial(mutated, bases[name], seed, name), starts[name]
+                turns.append(Turn(name, readers[name], bases[name], case_of, first,
+                                  min(each, first + inputs - done), TURN, place))
+            follow(turns, tallies)
+            for turn in [turn for turn in turns if turn.over]:
+                turns.remove(turn)
+                starts[turn.name] = turn.next
+                queue.extend([turn.name] if turn.next < each else [])
+    except KeyboardInterrupt:
+        print("stopped")
     finally:
         for turn in turns:
-            turn.process.kill()
-            turn.end()
+            turn.kill()
         shutil.rmtree(place, ignore_errors=True)
         gc.unfreeze()
     progress.close()
     return tallies
+
+
+def follow(turns: list[Turn], tallies: dict[str, Tally]) -> None:
+    """Counts what workers have sent, within half a second."""
+    wait([turn.connection for turn in turns], 0.5)
+    for turn in turns:
+        for result in turn.results():
+            tallies[turn.name].add(result)
 
 
 def table(tallies: dict[str, Tally]) -> str:

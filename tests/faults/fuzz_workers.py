@@ -10,6 +10,7 @@ import io
 import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -77,6 +78,7 @@ def work(connection: Any, reader: Reader, base: Base, case_of: Callable[[int], C
          seconds: float, folder: Path) -> None:
     """Reads the inputs first .. last - 1 until so many seconds have passed, and sends a Result of each."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # the parent ends it
     for stream in (1, 2):               # what readers and libraries print
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     guard.limit_memory()
@@ -129,16 +131,21 @@ class Turn:
                 else:
                     self.next = result.number + 1
                     yield result
-        except EOFError:
+        except (EOFError, OSError):
             self.process.join()
             yield self.failed("died", f"exit code {self.process.exitcode}")
         if not self.over and time.monotonic() - self.heard > WATCHDOG:
             yield self.failed("hang", f"silent for {WATCHDOG:.0f} s")
 
     def failed(self, kind: str, why: str) -> Result:
-        self.end()
+        self.kill()
         self.next += 1
         return Result(self.next - 1, kind, f"{kind} {why}", why, time.monotonic() - self.heard)
+
+    def kill(self) -> None:
+        """Ends it at once."""
+        self.process.kill()
+        self.end()
 
     def end(self) -> None:
         """Ends the process and removes its folder."""
