@@ -60,8 +60,8 @@ class Tally:
 
 def fuzz(readers: dict[str, Reader], seed: int = 0, seconds: float = 1e6, inputs: int = 10**12, jobs: int = 1,
          each: int = 10**12, bases: dict[str, Base] | None = None) -> dict[str, Tally]:
-    """Readers take turns until so many seconds have passed or inputs were read, or Ctrl-C was pressed. each: of
-    one reader at most. bases: their valid inputs, where they are there."""
+    """Readers take turns for so many seconds or inputs, or until Ctrl-C. each: inputs of one reader at most.
+    bases: the readers' valid inputs, where they are there."""
     bases = bases or {name: base_of(reader) for name, reader in readers.items()}
     gc.collect(), gc.freeze()                   # so that workers share what lies in memory
     tallies, starts = {name: Tally() for name in readers}, dict.fromkeys(readers, 0)

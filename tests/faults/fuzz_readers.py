@@ -5,11 +5,14 @@ Read after fuzz_models.py.
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import dataclasses
 import functools
+import gzip
 import io
 import json
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data.packages import MakerError, json_of, members, read_bz2
 from miniclip import (
     BertTokenizer,
     CLIPImageProcessor,
@@ -230,6 +234,25 @@ def read_strokes(path: Path) -> None:
     (read_character if path.name == "ours.json" else read_kai)(path)
 
 
+def build_packages(folder: Path) -> None:
+    """As npm has them, and a table as Unihan's."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as package:
+        for name, content in (("package/a.json", b'{"a": 1}'), ("package/b/b.txt", b"text\n" * 9)):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            package.addfile(member, io.BytesIO(content))
+    (folder / "package.tgz").write_bytes(gzip.compress(file.getvalue(), mtime=0))
+    (folder / "table.bz2").write_bytes(bz2.compress(b"U+6625\tkFrequency\t1\n" * 20))
+
+
+def read_package(path: Path) -> None:
+    if path.suffix == ".bz2":
+        read_bz2(path)
+    else:
+        json_of(members(path, lambda name: True), "a.json", path)
+
+
 READERS: dict[str, Reader] = {
     "pictures": Reader(small.build_pictures, small.read_training),
     "pictures-clip": Reader(small.build_pictures, small.read_for_clip),
@@ -261,4 +284,5 @@ READERS: dict[str, Reader] = {
     "judge": Reader(build_judge, load_judge),
     "tables": Reader(build_tables, read_table),
     "strokes": Reader(build_characters, read_strokes),
+    "packages": Reader(build_packages, read_package, (MakerError,)),
 }
