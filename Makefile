@@ -50,7 +50,7 @@ $(VENV)/parity.stamp: $(VENV)/test.stamp
 	$(RUN) -c "open('$@', 'w')"
 
 demo: $(VENV)/base.stamp
-	$(RUN) -m train.train_diffusion --data data/calligraphy --seed 1 --overwrite --out $(DEMO_OUT)
+	$(RUN) -m train.train_diffusion --data data/calligraphy --overwrite --out $(DEMO_OUT)
 	$(RUN) -m train.train_upscaler --run $(DEMO_OUT)
 	$(RUN) -m train.gallery --run $(DEMO_OUT)
 

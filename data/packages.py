@@ -48,7 +48,9 @@ def members(path: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
     """The plain files of a package whose path inside it `wanted` accepts, by that path. Raises MakerError."""
     found, taken = {}, 0
     try:
-        with open_file(path) as file, Packed(fileobj=file) as packed, tarfile.open(fileobj=packed) as package:
+        # "r:", not packed a second time
+        with (open_file(path) as file, Packed(fileobj=file) as packed,
+              tarfile.open(fileobj=packed, mode="r:") as package):
             for count, member in enumerate(package):
                 inner = str(PurePosixPath(*PurePosixPath(member.name).parts[1:]))   # without "package/"
                 if member.isfile() and member.size <= MAX_MEMBER and wanted(inner):

@@ -125,8 +125,9 @@ def from_openai(state_dict: dict[str, Tensor], source: str = "checkpoint") -> di
     return {name: tensor.contiguous() for name, tensor in converted.items()}
 
 
-def to_openai(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse: CLIPModel's state dict -> OpenAI's keys, which OpenCLIP reads too."""
+def to_openai(state_dict: dict[str, Tensor], source: str = "checkpoint") -> dict[str, Tensor]:
+    """The inverse: CLIPModel's state dict -> OpenAI's keys, which OpenCLIP reads too. Raises WeightsError for
+    tensors that cannot be put together or turned."""
     outside, inside = ([(b, a) for a, b in table] for table in (OUTSIDE, INSIDE))
     converted: dict[str, Any] = {}
     for key, tensor in state_dict.items():
@@ -136,12 +137,21 @@ def to_openai(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             parts = converted.setdefault(f"{match[1]}.attn.in_proj_{match[3]}", {})
             parts[match[2]] = tensor
         else:
+            if name in TRANSPOSED and tensor.ndim != 2:
+                raise WeightsError(f"{source}: {shown(key)} {list(tensor.shape)} is no matrix")
             converted[name] = tensor.T if name in TRANSPOSED else tensor
 
-    def whole(t: Tensor | dict[str, Tensor]) -> Tensor:
-        return torch.cat([t["q"], t["k"], t["v"]]) if isinstance(t, dict) else t.contiguous()
+    def whole(name: str, value: Tensor | dict[str, Tensor]) -> Tensor:
+        if not isinstance(value, dict):
+            return value.contiguous()
+        if len({(part.shape, part.dtype) for part in value.values()}) > 1 or value.keys() != {*"qkv"}:
+            raise WeightsError(f"{source}: {shown(name)} would need q, k and v of one shape and type, got "
+                               f"{shown({k: list(part.shape) for k, part in value.items()})}")
+        if not value["q"].ndim:
+            raise WeightsError(f"{source}: {shown(name)} would be made of single numbers")
+        return torch.cat([value["q"], value["k"], value["v"]])
 
-    return {name: whole(tensor) for name, tensor in converted.items()}
+    return {name: whole(name, value) for name, value in converted.items()}
 
 
 def _renamed(key: str, outside: Any, inside: Any) -> str:
@@ -300,7 +310,8 @@ def load(path: str | os.PathLike, name: str | None = None) -> nn.Module:
     if "image_encoder.model.conv1.weight" in state_dict:
         return _filled(SimpleCLIPModel, simple_config(state_dict, path), state_dict, path)
     if "vision_model.embeddings.class_embedding" in state_dict:
-        return _filled(CLIPModel, clip_config(to_openai(state_dict), name, archive, path), state_dict, path)
+        config = clip_config(to_openai(state_dict, path), name, archive, path)
+        return _filled(CLIPModel, config, state_dict, path)
     if "visual.layer1.0.conv1.weight" in state_dict:
         config = resnet_config(state_dict, name, archive, path)
         text = from_openai({k: v for k, v in state_dict.items() if not k.startswith("visual.")}, path)

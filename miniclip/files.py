@@ -7,6 +7,7 @@ Sources: RFC 8259 (JSON); APPNOTE.TXT of PKWARE (zip); what torch.save writes (p
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import secrets
@@ -24,6 +25,7 @@ MAX_JSON_ELEMENTS = 2_000_000  # bounds the number of Python objects that a host
 MAX_JSON_DEPTH = 64  # brackets in brackets; the files of models have at most 8
 MAX_DIGITS = 40  # of a whole number: 2**64 has 20, and transformers writes 10**30 for "no limit"
 ZIP_SLACK = 2**20  # archives are stored, not compressed, but for some pages of code in TorchScript's
+READ_UNASKED = 2**16  # bytes that are read without asking how many there are
 LOCAL_ONLY = "models are read from local folders only, nothing is ever downloaded"
 
 
@@ -67,13 +69,26 @@ def need_folder(folder: str | os.PathLike) -> None:
         raise MissingWeights(f"{name_of(folder)}: {problem}")
 
 
-def open_file(path: str | os.PathLike) -> BinaryIO:
+class BoundedFile(io.BufferedReader):
+    """A file opened for reading whose read(n) takes no more memory than there are bytes left.
+
+    Python's own takes n bytes before it looks: a few bytes of a chunk or a pickle can ask for gigabytes.
+    """
+
+    def read(self, n: int | None = -1) -> bytes:
+        """As of any file."""
+        if n is not None and n > READ_UNASKED:
+            n = min(n, max(os.fstat(self.fileno()).st_size - self.tell(), 0))
+        return super().read(n)
+
+
+def open_file(path: str | os.PathLike) -> BoundedFile:
     """Opens a regular file for reading: a folder, a pipe or a device is refused before it can block."""
     path = name_of(path)
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise WeightsError(f"{path}: not a regular file")
-        return open(path, "rb")
+        return BoundedFile(io.FileIO(path))
     except OSError as error:
         kind = MissingWeights if isinstance(error, FileNotFoundError) else WeightsError
         raise kind(f"{path}: cannot be read: {error.strerror or error}") from None
@@ -218,13 +233,21 @@ def read_pickle(path: str | os.PathLike) -> Any:
 
     Only torch's weights_only reader is used: code inside a pickle is never run. Raises WeightsError.
     """
-    path, zipped = name_of(path), is_zip(path)
-    if zipped:
+    path, options = name_of(path), {"map_location": "cpu", "weights_only": True}
+    try:
+        with open_file(path) as file:
+            start = file.peek(2)[:2]
+            if start[:1] == b"\x80":  # a pickle, from before torch wrote archives
+                return torch.load(file, **options)
+        if start != b"PK":  # torch would unpack a tar, its oldest format, to the disk
+            raise WeightsError(f"{path}: neither a zip archive nor a pickle")
         with open_zip(path):  # its size alone
             pass
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and os.name != "nt")
+        return torch.load(path, mmap=os.name != "nt", **options)
+    except WeightsError:
+        raise
     except Exception as error:  # the reader raises many kinds; none of them may pass as anything else
         problem = ("not a plain pickle of tensors and numbers; code in pickles is never run, "
                    "so convert it to safetensors")
         raise WeightsError(f"{path}: {problem} ({reason(error)})") from None
+

@@ -9,12 +9,15 @@ Shapes: none here.
 from __future__ import annotations
 
 import functools
+import io
 import os
 import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import Any
+
+from miniclip.files import BoundedFile
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")     # and AVIF where Pillow has it
 MOST_PIXELS = 64 * 2**20        # of one picture, from its header
@@ -75,7 +78,7 @@ def picture_file(path: str | os.PathLike, most_pixels: int = MOST_PIXELS) -> Ite
         raise ImageError(f"{name}: broken picture ({type(error).__name__}: {str(error)[:120]})") from None
 
 
-def open_bounded(path: str) -> BinaryIO:
+def open_bounded(path: str) -> BoundedFile:
     """Opens a plain file of 1 to MOST_BYTES bytes: a pipe or a device would block or never end."""
     try:
         info = os.stat(path)
@@ -84,7 +87,7 @@ def open_bounded(path: str) -> BinaryIO:
         if not 0 < info.st_size <= MOST_BYTES:
             raise ImageError(f"{path}: {info.st_size} bytes, more than the limit of {MOST_BYTES}"
                              if info.st_size else f"{path}: the file is empty")
-        return open(path, "rb")
+        return BoundedFile(io.FileIO(path))
     except OSError as error:
         raise ImageError(f"{path}: cannot be read ({error.strerror or error})") from None
 

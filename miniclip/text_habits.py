@@ -89,8 +89,8 @@ def check_ids(vocab: Mapping[str, Any], source: str) -> None:
     """Raises TokenizerError unless every id is a number that int32 holds, as clip_tokenize returns them."""
     for symbol, i in vocab.items():
         if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 2**31:
-            raise TokenizerError(f"{source}: vocabulary: the id of {shown(symbol, 80)} is {shown(i, 80)}, not a "
-                                 "number from 0 to 2147483647")
+            raise TokenizerError(f"{source}: vocabulary: the id of {shown(symbol, 80)} is {shown(i, 80)}, "
+                                 "not a number from 0 to 2147483647")
 
 
 def max_length_of(values: Mapping[str, Any], source: str) -> dict[str, int]:

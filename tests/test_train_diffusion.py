@@ -21,7 +21,7 @@ from train.data.augment import jitter
 from train.data.folder import CaptionedImages
 from train.evaluate import EvaluateConfig, aligned_distance, nearest_aligned
 from train.optim import build_optimizers, orthogonalize, set_learning_rate
-from train.run import cli, loop
+from train.run import cli, distributed, loop
 from train.run.cli import parse_flags
 from train.sample import SampleConfig
 from train.train_diffusion import TrainConfig
@@ -365,3 +365,19 @@ def test_evaluation_says_how_far_it_is_and_what_its_figures_are(tmp_path: Path, 
     found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
     assert found["legible 春 alone"] == 1 and found["legible 滿 alone"] == 0
     assert found["legible at guidance 3"] == 0.25 and found["another seed, same prompt"] > 0.1
+
+
+def test_less_jitter_moves_images_less_in_the_same_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same random numbers for every amount, so that a run differs in nothing else."""
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(train_diffusion, "affine", lambda images, u, flip: (seen.append(u), images)[1])
+    cfg = dataclasses.replace(TINY, jitter_amount=1.0)
+    ranks = distributed.Ranks(0, 1, torch.device("cpu"))
+    data = train_diffusion.open_data(cfg, ranks)
+    model = train_diffusion.initial_model(cfg, data.captions)
+    for amount in (1.0, 0.25, 0.0):
+        changed = dataclasses.replace(cfg, jitter_amount=amount)
+        train_diffusion.draw(model, torch.arange(4), data.images[:4], data, changed, ranks,
+                             torch.Generator().manual_seed(0))
+    torch.testing.assert_close(seen[1] - 0.5, 0.25 * (seen[0] - 0.5))
+    assert (seen[2] == 0.5).all() and (seen[0] - 0.5).abs().max() > 0.4

@@ -30,7 +30,10 @@ def write_diffusion_report(run: Run, captions: list[str], parameters: int) -> No
                               f"mean squared error of {PREDICTED[kind]}, smoothed")
     with atomic_write(out / "loss.svg") as file:
         file.write(loss_curve.encode("utf-8"))
-    last = [row for row in metrics.rows if "val" in row][-1]
+    evaluated = [row for row in metrics.rows if "val" in row]
+    if not evaluated:                                       # a finished run whose metrics.jsonl was emptied
+        return
+    last = evaluated[-1]
     drawn = [out / "samples" / f"{step:06d}.png" for step, _ in reversed(metrics.series("val"))]
     grids = [path for path in drawn if path.exists()]       # of this run; others may lie there too
     # drawn by itself
@@ -66,7 +69,10 @@ def validation_parts(run: Run, last: dict) -> list[str]:
 def write_clip_report(run: Run, train: Pairs, test: Pairs, parameters: int) -> None:
     """report.html of a run of train_clip so far. train, test: the pairs that evaluation looks at."""
     out, cfg, metrics = run.out, run.cfg, run.metrics
-    last = [row for row in metrics.rows if "image_to_text_R@1" in row][-1]
+    evaluated = [row for row in metrics.rows if "image_to_text_R@1" in row]
+    if not evaluated:                                       # a finished run whose metrics.jsonl was emptied
+        return
+    last = evaluated[-1]
     sides = {"": f"{len(train.files)} trained pictures"}
     if test.files:
         sides["held_out_"] = f"{len(test.files)} pictures held out ({cfg.hold_out})"

@@ -78,6 +78,8 @@ class TrainConfig(TrainSettings):
     caption_drop: float = flag(0.1, "share of images trained without caption, for guidance", section=MODEL,
                                at_least=0, at_most=1)
     jitter: bool = changed(TrainSettings, "jitter", help="small random rotations, shifts, scalings")
+    jitter_amount: float = flag(0.5, "how far: 1 is up to 3 degrees, 3 %% of the side and 5 %% of the size",
+                                section=MODEL, at_least=0, at_most=10)
     flip: bool = changed(TrainSettings, "flip", help="mirror half of the images; never for writing")
     samples: int = flag(3, "how many times on the way to write a grid of samples and validate",
                         section=EVALUATION, at_least=0, at_most=1000, may_change=True)
@@ -308,8 +310,8 @@ def draw(model: TextToImage, indices: Tensor, images: Tensor, data: Data, cfg: T
     noise = torch.randn(B, *model.latent_shape, generator=generator)[own]
     masks = model.draw_masks(B, generator)[own]
     if jitter is not None:
-        images = (affine(images, jitter, flip=cfg.flip) if data.strokes is None
-                  else affine_tokens(images, jitter, data.strokes))
+        images = (affine(images, 0.5 + cfg.jitter_amount * (jitter - 0.5), flip=cfg.flip)
+                  if data.strokes is None else affine_tokens(images, jitter, data.strokes))
     x0 = model.to_x0(images)
     prompts = ["" if drop else data.captions[i] for i, drop in zip(indices.tolist(), dropped, strict=True)]
     return Batch(x0, prompts, t, noise, model.inpaint_input(indices, masks))

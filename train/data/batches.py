@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from miniclip.weights import atomic_write
+from miniclip.files import atomic_write, read_bytes
 
 from ..errors import DataError
 from ..run.distributed import Ranks
@@ -24,6 +24,7 @@ from .folder import CaptionedImages, Stream
 from .image import fitted, read_image, to_float
 
 PREVIEW = 64            # images of a stream that evaluation looks at
+MOST_SKIPPED = 64 * 2**20   # bytes of skipped.txt
 READ_AT_ONCE = 256      # images in memory where all of a folder are looked at
 
 
@@ -103,8 +104,8 @@ class Skipped:
 
     def __init__(self, out: Path, ranks: Ranks, resume: bool = False):
         self.ranks, self.path = ranks, out / ("skipped.txt" if ranks.main else f"skipped.{ranks.rank}.txt")
-        known = self.path.read_text(encoding="utf-8").splitlines() if resume and self.path.exists() else []
-        self.files: dict[str, None] = dict.fromkeys(known)
+        known = read_bytes(self.path, MOST_SKIPPED) if resume and self.path.exists() else b""
+        self.files: dict[str, None] = dict.fromkeys(known.decode("utf-8", "replace").splitlines())
 
     def add(self, messages: list[str]) -> None:
         """Lists the new ones at once, so that a killed run has them."""
