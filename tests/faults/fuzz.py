@@ -66,12 +66,15 @@ def fuzz(readers: dict[str, Reader], seed: int = 0, seconds: float = 1e6, inputs
     gc.collect(), gc.freeze()                   # so that workers share what lies in memory
     tallies, starts = {name: Tally() for name in readers}, dict.fromkeys(readers, 0)
     queue, turns, began = collections.deque(readers), [], time.monotonic()
-    progress, place = Progress(round(seconds), unit="second"), Path(tempfile.mkdtemp(prefix="fuzz"))
+    counted = inputs < 10**12
+    progress = Progress(inputs, unit="input") if counted else Progress(round(seconds), unit="second")
+    place = Path(tempfile.mkdtemp(prefix="fuzz"))
     try:
         while queue or turns:
             done, now = sum(tally.counts.total() for tally in tallies.values()), time.monotonic() - began
             failures = sum(len(tally.holes) for tally in tallies.values())
-            progress.show(round(now), f"{done:,} inputs, {failures} kinds of failure")
+            progress.show(min(done, inputs) if counted else round(now),
+                          f"{done:,} inputs, {failures} kinds of failure")
             if done >= inputs or now > seconds:
                 queue.clear()
             while queue and len(turns) < jobs:
