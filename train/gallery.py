@@ -44,8 +44,8 @@ def main(cfg: GalleryConfig) -> None:
     for title, script, settings, shown in steps(cfg, folder):
         script.main(settings)
         again = command(script.__name__.rpartition(".")[2], **asked_for(settings))
-        parts += [f"<h2>{html.escape(title)}</h2>", *(report.picture(folder / name, title) for name in shown),
-                  f"<pre>{html.escape(again)}</pre>"]
+        pictures = [report.picture(folder / name, f"gallery/{name}") for name in shown]
+        parts += [f"<h2>{html.escape(title)}</h2>", *pictures, f"<pre>{html.escape(again)}</pre>"]
     page = Path(cfg.run) / "gallery.html"
     report.write_page(page, f"Written by {cfg.run}", parts)
     print(f"open {page}")

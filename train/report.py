@@ -38,6 +38,7 @@ h1, h2 { font-weight: 600 } img { max-width: 100%; height: auto }
 svg { display: block; width: 100%; max-width: 480px; height: auto } figure { margin: 1.5em 0 }
 figcaption, .note { color: #666; font-size: 14px } table { border-collapse: collapse; font-size: 14px }
 td, th { padding: 2px 14px 2px 0; text-align: left; vertical-align: top } img { image-rendering: pixelated }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px }
 .row { display: flex; flex-wrap: wrap; gap: 12px } .row figure { margin: 0; width: 31% }
 .warning { background: #fbe9d7; padding: 6px 12px; border-left: 4px solid #b3541e }
 """
