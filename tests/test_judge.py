@@ -84,7 +84,7 @@ def test_a_broken_judge_is_one_clear_error(small, tmp_path):
             judge.load_judge(tmp_path)
     (tmp_path / "judge.json").write_text(json.dumps(good), encoding="utf-8")
     (tmp_path / "judge.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(WeightsError, match="judge.pt: not a plain pickle"):
+    with pytest.raises(WeightsError, match="judge.pt: neither a zip archive nor a pickle"):
         judge.load_judge(tmp_path)
     torch.save({"body.0.weight": "x"}, tmp_path / "judge.pt")
     with pytest.raises(WeightsError, match="judge.pt: 'body.0.weight' is a str"):
