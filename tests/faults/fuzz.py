@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -49,19 +50,23 @@ class Tally:
         self.slowest = Result(0, "loaded")
         self.holes: dict[str, Result] = {}
 
-    def add(self, result: Result) -> None:
+    def add(self, result: Result) -> bool:
+        """Whether it is a failure of a kind not seen before."""
         self.counts[result.kind] += 1
         self.seconds += result.seconds
         self.peak = max(self.peak, result.peak)
         self.slowest = max(self.slowest, result, key=lambda r: r.seconds)
-        if result.kind not in GOOD:
-            self.holes.setdefault(result.key, result)
+        new = result.kind not in GOOD and result.key not in self.holes
+        if new:
+            self.holes[result.key] = result
+        return new
 
 
 def fuzz(readers: dict[str, Reader], seed: int = 0, seconds: float = 1e6, inputs: int = 10**12, jobs: int = 1,
-         each: int = 10**12, bases: dict[str, Base] | None = None) -> dict[str, Tally]:
+         each: int = 10**12, bases: dict[str, Base] | None = None,
+         found: Callable[[str, Result], None] = lambda name, result: None) -> dict[str, Tally]:
     """Readers take turns for so many seconds or inputs, or until Ctrl-C. each: inputs of one reader at most.
-    bases: the readers' valid inputs, where they are there."""
+    bases: the readers' valid inputs, where they are there. found: is told of each new kind of failure."""
     bases = bases or {name: base_of(reader) for name, reader in readers.items()}
     gc.collect(), gc.freeze()                   # so that workers share what lies in memory
     tallies, starts = {name: Tally() for name in readers}, dict.fromkeys(readers, 0)
@@ -82,7 +87,7 @@ def fuzz(readers: dict[str, Reader], seed: int = 0, seconds: float = 1e6, inputs
                 case_of, first = functools.partial(mutated, bases[name], seed, name), starts[name]
                 turns.append(Turn(name, readers[name], bases[name], case_of, first,
                                   min(each, first + inputs - done), TURN, place))
-            follow(turns, tallies)
+            follow(turns, tallies, found)
             for turn in [turn for turn in turns if turn.over]:
                 turns.remove(turn)
                 starts[turn.name] = turn.next
@@ -98,12 +103,13 @@ def fuzz(readers: dict[str, Reader], seed: int = 0, seconds: float = 1e6, inputs
     return tallies
 
 
-def follow(turns: list[Turn], tallies: dict[str, Tally]) -> None:
+def follow(turns: list[Turn], tallies: dict[str, Tally], found: Callable[[str, Result], None]) -> None:
     """Counts what workers have sent, within half a second."""
     wait([turn.connection for turn in turns], 0.5)
     for turn in turns:
         for result in turn.results():
-            tallies[turn.name].add(result)
+            if tallies[turn.name].add(result):
+                found(turn.name, result)
 
 
 def table(tallies: dict[str, Tally]) -> str:
@@ -177,15 +183,12 @@ def replay(entries: list[dict[str, Any]], bases: dict[str, Base], readers: dict[
     return [results[i] for i in range(len(entries))]
 
 
-def keep(tallies: dict[str, Tally], bases: dict[str, Base], seed: int, out: Path) -> None:
-    """Prints each hole, and leaves its first case as a file."""
-    for name, tally in tallies.items():
-        for key, result in tally.holes.items():
-            print(f"\n{result.kind}: {name}:{result.number} ({key})\n{result.detail}")
-            entry = as_entry(name, mutated(bases[name], seed, name, result.number), f"{result.kind}: {key}")
-            out.mkdir(parents=True, exist_ok=True)
-            file = f"{name}-{zlib.crc32(key.encode()):08x}.json"
-            write_entry(out / file, entry)
+def keep(name: str, result: Result, base: Base, seed: int, out: Path) -> None:
+    """Prints a failure, and leaves its input as a file."""
+    print(f"\n{result.kind}: {name}:{result.number} ({result.key})\n{result.detail}", flush=True)
+    entry = as_entry(name, mutated(base, seed, name, result.number), f"{result.kind}: {result.key}")
+    out.mkdir(parents=True, exist_ok=True)
+    write_entry(out / f"{name}-{zlib.crc32(result.key.encode()):08x}.json", entry)
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -236,8 +239,8 @@ def main(argv: list[str] | None = None) -> int:
     readers = {name: READERS[name] for name in args.readers.split(",")}
     bases = {name: base_of(reader) for name, reader in readers.items()}
     seconds, inputs = args.seconds or (1e6 if args.inputs else 300), args.inputs or 10**12
-    tallies = fuzz(readers, args.seed, seconds, inputs, args.jobs, bases=bases)
-    keep(tallies, bases, args.seed, args.out)
+    tallies = fuzz(readers, args.seed, seconds, inputs, args.jobs, bases=bases, found=lambda name, result:
+                   keep(name, result, bases[name], args.seed, args.out))
     print(f"\n{table(tallies)}")
     return int(any(tally.holes for tally in tallies.values()))
 
