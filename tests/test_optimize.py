@@ -40,7 +40,7 @@ TOWER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "n
 def every_layer_its_fast_path(monkeypatch: pytest.MonkeyPatch):
     """Small models are below the sizes from which on it pays."""
     for name, value in (("CHANNELS", 10), ("CHANNELS_DOUBLED", 10), ("SQUARES", 4), ("BAND", 12),
-                        ("ROWS", 2)):
+                        ("ROWS", 2), ("WORK", 1)):
         monkeypatch.setattr(code, name, value)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -155,6 +155,15 @@ def test_upsampling(size: tuple[int, int] | None) -> None:
     x = torch.randn(2, 24, 6, 5)
     assert_close(fast(x, size), plain(x, size), 2e-6)
     assert list(fast.conv.made) == (["doubled"] if size in (None, (12, 10)) else ["winograd"])
+
+
+@pytest.mark.parametrize("shape", [(3, 24), (2, 7, 24), (2, 3, 5, 24), (24,), (1, 24), (0, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(shape: tuple[int, ...], bias: bool) -> None:
+    plain, fast = pair(nn.Linear(24, 40, bias))
+    for x in (torch.randn(shape), torch.randn(*shape[:-1], 48)[..., ::2], torch.randn(24, *shape[:-1]).T
+              if len(shape) == 2 else torch.randn(shape)):
+        assert_close(fast(x), plain(x), 2e-6)
 
 
 def test_shapes_that_do_not_fit_raise_as_before() -> None:
@@ -307,13 +316,11 @@ def test_what_is_no_model() -> None:
 # -------------------------------------------------------------------------------------------------- fallbacks
 
 
-OPERATORS = [(torch._C._nn, "mkldnn_reorder_conv2d_weight"), (torch.ops.mkldnn, "_convolution_pointwise"),
-             (torch.ops.mkldnn, "_reorder_linear_weight"), (torch.ops.mkldnn, "_linear_pointwise")]
+PACK, RUN = (torch._C._nn, "mkldnn_reorder_conv2d_weight"), (torch.ops.mkldnn, "_convolution_pointwise")
 
 
-@pytest.mark.parametrize("owner, name, how", [
-    *[(*operator, how) for operator in OPERATORS for how in ("absent", "fails")],
-    (*OPERATORS[1], "wrong"), (*OPERATORS[3], "wrong")])
+@pytest.mark.parametrize("owner, name, how", [(*PACK, "absent"), (*PACK, "fails"), (*RUN, "absent"),
+                                              (*RUN, "fails"), (*RUN, "wrong")])
 def test_without_the_operators(owner: object, name: str, how: str,
                                   monkeypatch: pytest.MonkeyPatch) -> None:
     assert operators_work()

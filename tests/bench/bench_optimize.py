@@ -1,6 +1,6 @@
 """What minidiff.optimize gains: the plain model and the optimized one, turn and turn about in one process.
 
-    OMP_NUM_THREADS=1 python -m tests.bench.bench_optimize              # or some of: unet1 unet2 demo vae clip
+    OMP_NUM_THREADS=1 python -m tests.bench.bench_optimize              # or some of: unet1 unet2 demo ...
 
 Random weights, one thread. Medians of CPU time (a busy machine says less about wall time), the ratio of each
 pair of runs, the largest relative difference, and how much memory the optimized run adds to the plain one.
@@ -51,8 +51,7 @@ def vae() -> tuple[nn.Module, Call]:
 def clip(batch: int) -> tuple[nn.Module, Call]:
     """B/32, pictures and texts."""
     ids, pictures = torch.randint(49000, (batch, 77)), torch.randn(batch, 3, 224, 224)
-    return CLIPModel(CLIPConfig()), lambda model: torch.cat([model(ids, pictures).image_embeds,
-                                                             model(ids, pictures).text_embeds])
+    return CLIPModel(CLIPConfig()), lambda model: model(ids, pictures).logits_per_image
 
 
 WORK = {"unet1": lambda: unet(1), "unet2": lambda: unet(2), "demo": demo, "vae": vae,
@@ -82,8 +81,8 @@ def compare(name: str, rounds: int, winograd: bool) -> None:
     ratio = statistics.median(a / b for a, b in pairs)
     mine, other = (statistics.median(column) for column in zip(*pairs, strict=True))
     error = float((found - wanted).norm() / wanted.norm())
-    print(f"{name:6} plain {mine:8.3f} s   optimized {other:8.3f} s   {ratio:5.2f} x   difference {error:.0e}   "
-          f"peak {before:.2f} GB + {after - before:.2f}", flush=True)
+    print(f"{name:6} plain {mine:8.3f} s   optimized {other:8.3f} s   {ratio:5.2f} x   "
+          f"difference {error:.0e}   peak {before:.2f} GB + {after - before:.2f}", flush=True)
 
 
 def main() -> None:
