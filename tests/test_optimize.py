@@ -185,6 +185,13 @@ def test_a_hook_on_a_convolution_is_called() -> None:
     assert seen
 
 
+@pytest.mark.parametrize("size", [64, 256])
+def test_norms_of_large_maps_stay_exact(size: int) -> None:
+    norm = optimize(nn.GroupNorm(2, 32))
+    x = torch.randn(1, 32, size, size).to(memory_format=torch.channels_last) + 1
+    assert_close(norm(x), F.group_norm(x.double(), 2).float(), 1e-6)
+
+
 def test_winograd_is_as_exact_as_the_definition() -> None:
     """Beside float64, on the channel counts where it runs."""
     conv, x = nn.Conv2d(320, 320, 3, padding=1), torch.randn(1, 320, 16, 16)
