@@ -143,7 +143,8 @@ def test_text_to_image() -> None:
 def test_convolution(options: dict, kernel: int) -> None:
     plain, fast = pair(nn.Conv2d(24, 40, kernel, **{"padding": kernel // 2, **options}))
     for x in (torch.randn(2, 24, 11, 9), torch.randn(1, 24, 8, 8).to(memory_format=torch.channels_last),
-              torch.randn(2, 8, 8, 24).permute(0, 3, 2, 1), torch.randn(24, 8, 8)):
+              torch.randn(2, 8, 8, 24).permute(0, 3, 2, 1), torch.randn(24, 8, 8),
+              torch.randn(0, 24, 8, 8)):
         assert_close(fast(x), plain(x), 2e-6)
     with pytest.raises(RuntimeError, match="channels"):
         fast(torch.randn(1, 23, 8, 8))
@@ -230,6 +231,14 @@ def test_new_weights_are_used(assign: bool) -> None:
     assert_close(fast(**given).sample, plain(**given).sample)
 
 
+def test_another_weight_at_the_same_address() -> None:
+    plain, fast = pair(nn.Linear(24, 24))
+    x = torch.randn(5, 24)
+    fast(x)
+    fast.weight = nn.Parameter(fast.weight.detach().T)
+    assert_close(fast(x), F.linear(x, plain.weight.T, plain.bias), 2e-6)
+
+
 def test_moved_and_back() -> None:
     plain, fast = pair(UNet2DConditionModel(**UNETS["SD 2"]))
     given = inputs(plain)
@@ -253,6 +262,7 @@ def test_copied_and_pickled() -> None:
     file.seek(0)
     for twin in (copy.deepcopy(fast), torch.load(file, weights_only=False)):
         assert not any(m.made for m in twin.modules() if isinstance(m, Faster))
+        assert all(m.text.known is None for m in twin.modules() if isinstance(m, TextLinear))
         assert_close(twin(**given).sample, plain(**given).sample)
         texts = {id(m.text) for m in twin.modules() if isinstance(m, TextLinear)}
         assert len(texts) == 1 and texts.isdisjoint(id(m.text) for m in fast.modules()
