@@ -1,4 +1,5 @@
 from minidiff.config import UNet2DConditionConfig
+from minidiff.optimize import optimize
 from minidiff.pipeline import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
@@ -39,4 +40,5 @@ __all__ = [
     "TextToImage",
     "UNet2DConditionConfig",
     "UNet2DConditionModel",
+    "optimize",
 ]
