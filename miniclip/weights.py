@@ -193,7 +193,7 @@ def _entry(name: str, info: Any, source: str) -> tuple[str, torch.dtype, list[in
     begin, end = offsets
     if math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
         raise wrong(f"{dtype} of shape {shown(shape)} does not take {end - begin} bytes")
-    if any("\ud800" <= char <= "\udfff" for char in name if not name.isascii()):
+    if not name.isascii() and any("\ud800" <= char <= "\udfff" for char in name):
         raise wrong("its name is no text: half of a surrogate pair")
     return name, DTYPES[dtype], shape, begin, end
 
