@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miniclip.weights import write_json
+from minidiff.optimize import optimize
 from minidiff.text_to_image import TextToImage
 
 from . import report
@@ -63,7 +64,7 @@ def main(cfg: EvaluateConfig) -> None:
     """
     check_flags(cfg)
     folder = Path(cfg.run)
-    model = TextToImage.load(model_folder(cfg.run)).to(pick_device(cfg.device))
+    model = optimize(TextToImage.load(model_folder(cfg.run))).to(pick_device(cfg.device))
     settings = read_settings(folder, data=str, caption_column=str)
     data = CaptionedImages(cfg.data or settings["data"], size=model.drawn_size,
                            channels=model.format.channels, caption_column=settings["caption_column"])

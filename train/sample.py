@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from minidiff.optimize import optimize
 from minidiff.text_to_image import TextToImage
 
 from .data.grid import grid_columns, save_grid, save_image
@@ -41,7 +42,7 @@ def main(cfg: SampleConfig) -> None:
     Raises UserError, and WeightsError or ConfigError for a model that cannot be read.
     """
     check_flags(cfg)
-    model = load_writer(model_folder(cfg.run)).to(pick_device(cfg.device))
+    model = optimize(load_writer(model_folder(cfg.run))).to(pick_device(cfg.device))
     prompt = understood(model, cfg.prompt)
     out = make_folder(cfg.out)
 
