@@ -81,6 +81,8 @@ bench: $(VENV)/parity.stamp
 	$(RUN) -m tests.bench
 	$(RUN) -m tests.bench.bench_load
 	$(RUN) -m tests.bench.training
+	$(RUN) -m tests.bench.bench_optimize
+	$(RUN) -m tests.bench.bench_tokenizer
 
 clean:
 	$(RUN) -c "import shutil; [shutil.rmtree(d, True) for d in ('$(VENV)', 'out', '.pytest_cache', '.ruff_cache')]"
