@@ -144,6 +144,9 @@ def test_the_gallery_shows_what_the_scripts_leave(run: Path, monkeypatch: pytest
     small(paint, width=200, height=300, run=DATA)
     for _ in range(2):                                  # the second page is not of the first one's pictures
         gallery.main(GalleryConfig(run=str(run), prompt="坤", char="坤", seed=3))
+        (run / "gallery" / "samples" / "my.txt").write_text("a note of my own", encoding="utf-8")
+    gallery.main(GalleryConfig(run=str(run), prompt="坤", char="坤", seed=3))
+    (run / "gallery" / "samples" / "my.txt").unlink()   # which is there still
     page = (run / "gallery.html").read_text(encoding="utf-8")
     assert page.count("data:image/gif;base64,") == 2 and page.count("data:image/png;base64,") == 3
     assert "http" not in page and "train.paint --run" in page and "--seed 3" in page

@@ -16,7 +16,7 @@ from typing import Any
 
 from . import paint, replay, report, sample
 from .run.cli import MAX_SEED, check_flags, command, flag, parse_flags, start
-from .run.folder import make_folder
+from .run.folder import clear, make_folder
 
 SAMPLES = 20
 
@@ -37,10 +37,9 @@ class GalleryConfig:
 def main(cfg: GalleryConfig) -> None:
     """Makes the pictures and the page. Raises what the scripts raise that it calls."""
     check_flags(cfg)
-    folder = make_folder(Path(cfg.run) / "gallery")
-    for earlier in folder.glob("*/*.*"):            # train.sample would number on from its pictures
-        earlier.unlink()
-    parts = []
+    folder, parts = Path(cfg.run) / "gallery", []
+    clear(Path(cfg.run), within=folder.name)        # train.sample would number on from its pictures
+    make_folder(folder)
     for title, script, settings, shown in steps(cfg, folder):
         script.main(settings)
         again = command(script.__name__.rpartition(".")[2], **asked_for(settings))

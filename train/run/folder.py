@@ -59,9 +59,11 @@ def claim(cfg: TrainSettings, ranks: Ranks) -> Path:
     return out
 
 
-def clear(out: Path) -> None:
-    """Removes what an earlier run left, by name: other files stay, and so do folders that hold some."""
-    names = {path: path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}
+def clear(out: Path, within: str = "") -> None:
+    """Removes what an earlier run left, by name: other files stay, and so do folders that hold some.
+    within: only what lies in this folder of the run's."""
+    names = {path: path.relative_to(out).as_posix() for path in (out / within).rglob("*")
+             if not path.is_dir()}
     found = [path for path, name in names.items() if OF_A_RUN.fullmatch(name)]
     for path in sorted(found, key=lambda path: path.parent == out):     # last what tells that a run is here
         path.unlink()
