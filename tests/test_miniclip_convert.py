@@ -7,12 +7,12 @@ import zipfile
 
 import pytest
 import torch
-from torch import nn
 
 from miniclip import CLIPConfig, CLIPModel, CLIPTextModel, convert
 from miniclip.config import CLIPResNetConfig
 from miniclip.resnet import CLIPResNetModel
 from miniclip.weights import WeightsError, save_file, write_json
+from tests.torchscript import archive
 
 TEXT = dict(hidden_size=64, num_attention_heads=1, num_hidden_layers=2, intermediate_size=96, vocab_size=50,
             max_position_embeddings=9, eos_token_id=49, bos_token_id=48, projection_dim=16)  # fmt: skip
@@ -26,30 +26,6 @@ IDS = torch.tensor([[48, 3, 49, 0], [48, 4, 5, 49]])
 def tiny():
     torch.manual_seed(0)
     return CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=16)).eval()
-
-
-class Tree(nn.Module):
-    """A module tree that holds given tensors under given keys; its forward does nothing with them."""
-
-    def __init__(self, tensors):
-        super().__init__()
-        children = {}
-        for key, tensor in tensors.items():
-            head, _, rest = key.partition(".")
-            if rest:
-                children.setdefault(head, {})[rest] = tensor
-            else:
-                self.register_buffer(head, tensor)
-        for name, inner in children.items():
-            self.add_module(name, Tree(inner))
-
-    def forward(self, x):
-        return x + 1
-
-
-def archive(tensors, path):
-    torch.jit.save(torch.jit.trace(Tree(tensors), torch.zeros(1)), str(path))
-    return path
 
 
 def check(model, reference):

@@ -37,13 +37,14 @@ from miniclip import (
     WeightsError,
 )
 from miniclip import convert as clip_convert
-from miniclip.files import read_pickle
-from miniclip.weights import load_file, load_folder, load_pickle, read_metadata, save_file, write_json
+from miniclip.files import read_pickle, write_json
+from miniclip.weights import load_file, load_folder, load_pickle, read_metadata, save_file
 from minidiff import convert
 from minidiff.__main__ import read_picture
 from minidiff.pil import from_pil
 from minidiff.unet import UNet2DConditionModel
 from minidiff.vae import AutoencoderKL
+from tests.torchscript import archive
 from train.data.image import read_image, read_whole
 from train.errors import DataError, UserError
 
@@ -187,32 +188,13 @@ def read_shards(path: Path) -> None:
     CLIPModel.from_pretrained(path)
 
 
-class Tree(nn.Module):
-    """Modules that hold tensors under given keys, for an archive of TorchScript."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]):
-        super().__init__()
-        children: dict[str, dict] = {}
-        for key, tensor in tensors.items():
-            head, _, rest = key.partition(".")
-            if rest:
-                children.setdefault(head, {})[rest] = tensor
-            else:
-                self.register_buffer(head, tensor)
-        for name, inner in children.items():
-            self.add_module(name, Tree(inner))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + 1
-
-
 def build_archives(folder: Path) -> None:
     resnet = small_resnet().state_dict()
     visual = {k: v for k, v in resnet.items() if k.startswith("visual.")}
     text = clip_convert.to_openai({k: v for k, v in resnet.items() if k not in visual})
     vit = clip_convert.to_openai(small_clip().state_dict())
     for name, tensors in (("vit.pt", vit), ("resnet.pt", text | visual)):
-        torch.jit.save(torch.jit.trace(Tree(tensors), torch.zeros(1)), str(folder / name))
+        archive(tensors, folder / name)
 
 
 def build_clip_files(folder: Path) -> None:
