@@ -47,6 +47,7 @@ Positive = Annotated[float, Range(1e-30, 1e6)]
 Levels = Annotated[tuple[T, ...], Range(1, 16)]  # an entry for each level of a U; 4 in Stable Diffusion
 Stages = Annotated[tuple[Annotated[int, Range(1, 64)], ...], Range(4, 4)]  # blocks of a ResNet; 36 in RN50x64
 
+
 class FrozenDict(dict):
     """A dict that is complete once it is made."""
 

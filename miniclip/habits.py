@@ -15,6 +15,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
+from miniclip.files import read_json, write_json
+
 Kind = TypeVar("Kind", bound=type)
 Table = dict[str, str]
 
@@ -212,14 +214,10 @@ class ConfigHabits(LeftOut):
     @classmethod
     def from_json_file(cls, path: str | os.PathLike):
         """Reads a JSON file of any name, as strictly as from_pretrained."""
-        from miniclip.weights import read_json  # which itself reads this file
-
         return cls.from_dict(read_json(path), os.fspath(path))
 
     def to_json_file(self, path: str | os.PathLike, use_diff: bool = True) -> None:
         """Writes what to_json_string returns."""
-        from miniclip.weights import write_json
-
         write_json(path, self.to_diff_dict() if use_diff else self.to_dict())
 
     def to_json_string(self, use_diff: bool = True) -> str:

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from miniclip.config import Config, ConfigError
 from miniclip.encoding import Encoding
+from miniclip.files import need_folder, read_json, shown, write_json
 from miniclip.habits import LOADING_REFUSED, SAVING_IDLE, SAVING_REFUSED, settle
 from miniclip.picture import MOST_PIXELS, ImageError, open_picture
 from miniclip.picture_habits import PICTURE_IDLE, PictureHabits, ProcessorHabits
 from miniclip.tokenizer import CLIPTokenizer
-from miniclip.weights import need_folder, read_json, write_json
 
 OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pictures that OpenAI trained on, in 0..1
 OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -211,7 +211,7 @@ class CLIPImageProcessor(PictureHabits, Config):
                  "crop_rounding": ("floor", "round")}
         for name, values in known.items():
             if getattr(self, name) not in values:
-                raise ConfigError(f"{name} = {getattr(self, name)!r:.200} is not one of "
+                raise ConfigError(f"{name} = {shown(getattr(self, name))} is not one of "
                                   f"{', '.join(map(repr, values))}")
 
     @classmethod
@@ -339,13 +339,13 @@ class CLIPImageProcessor(PictureHabits, Config):
 def _check_size(name: str, size: Any, allowed: tuple[set, ...]) -> None:
     whole = isinstance(size, dict) and all(type(v) is int and 0 < v <= MOST_EDGE for v in size.values())
     if not whole or set(size) not in allowed:
-        raise ConfigError(f"{name} = {size!r:.200} is not a number of pixels from 1 to {MOST_EDGE} or "
+        raise ConfigError(f"{name} = {shown(size)} is not a number of pixels from 1 to {MOST_EDGE} or "
                           f"one of {[sorted(a) for a in allowed]}")
 
 
 def _check_numbers(name: str, values: tuple) -> None:
     if len(values) > 4 or not all(abs(v) <= MOST_FACTOR for v in values):             # NaN is refused, too
-        raise ConfigError(f"{name} = {values!r:.200}: at most one number a channel, each of at most "
+        raise ConfigError(f"{name} = {shown(values)}: at most one number a channel, each of at most "
                           f"{MOST_FACTOR:,}")
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from miniclip.encoding import TokenizerError
-from miniclip.files import shown
+from miniclip.files import atomic_write, is_texts, need_folder, read_json, shown, write_json
 from miniclip.text_habits import (
     TextHabits,
     added_entries,
@@ -33,7 +33,6 @@ from miniclip.text_habits import (
     settle_writing,
     sort_options,
 )
-from miniclip.weights import atomic_write, is_texts, need_folder, read_json, write_json
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 END = "</w>"  # closes the last symbol of a word, so that "a" alone and "a" inside a word differ

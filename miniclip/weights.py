@@ -30,11 +30,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from miniclip.config import Config, ConfigError
-from miniclip.files import (  # noqa: F401  (is_texts, read_pickle: other rooms know them from here)
+from miniclip.files import (
     MissingWeights,
     WeightsError,
     atomic_write,
-    is_texts,
     name_of,
     need_folder,
     open_file,

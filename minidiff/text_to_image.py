@@ -22,10 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miniclip.config import CLIPTextConfig
-from miniclip.files import shown
+from miniclip.files import WeightsError, is_texts, read_json, shown, write_json
 from miniclip.model import CLIPTextModel
 from miniclip.tokenizer import CLIPTokenizer
-from miniclip.weights import WeightsError, is_texts, read_json, write_json
 from minidiff.pil import to_pil
 from minidiff.samplers import DDIMScheduler, DDPMScheduler
 from minidiff.unet import UNet2DConditionModel

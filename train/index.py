@@ -13,17 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from miniclip.files import reason, shown
+from miniclip.files import WeightsError, is_texts, read_json, reason, shown, write_json
 from miniclip.image_text import ImageTextModel
-from miniclip.weights import (
-    WeightsError,
-    is_texts,
-    load_file,
-    load_folder,
-    read_json,
-    save_file,
-    write_json,
-)
+from miniclip.weights import load_file, load_folder, save_file
 
 from .data.batches import readable
 from .data.image import SUFFIXES

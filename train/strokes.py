@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from miniclip.config import CLIPTextConfig
+from miniclip.files import WeightsError, is_texts, read_json, write_json
 from miniclip.model import CLIPTextModel
 from miniclip.tokenizer import CLIPTokenizer
-from miniclip.weights import WeightsError, is_texts, load_file, load_strict, read_json, save_file, write_json
+from miniclip.weights import load_file, load_strict, save_file
 from minidiff.attention import BasicTransformerBlock
 from minidiff.embeddings import TimestepEmbedding, Timesteps
 from minidiff.samplers import DDPMScheduler

@@ -27,8 +27,8 @@ from miniclip import (
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
 )
-from miniclip.files import read_bytes
-from miniclip.weights import save_file, write_json
+from miniclip.files import read_bytes, write_json
+from miniclip.weights import save_file
 from minidiff.lora import merge_lora
 from minidiff.pipeline import StableDiffusionPipeline
 from minidiff.pipeline_folder import SCHEDULERS

@@ -27,8 +27,8 @@ from miniclip import (
     ImageTextModel,
 )
 from miniclip import convert as clip_convert
-from miniclip.files import read_json
-from miniclip.weights import save_file, write_json
+from miniclip.files import read_json, write_json
+from miniclip.weights import save_file
 from minidiff.text_to_image import ImageFormat, Preset, TextToImage, build_text_to_image
 from minidiff.unet import UNet2DConditionModel
 from minidiff.upscaler import Upscaler, folded_channels

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniclip.files import open_zip, shown
-from miniclip.weights import WeightsError, atomic_write, read_pickle
+from miniclip.files import WeightsError, atomic_write, open_zip, read_pickle, shown
 
 from ..errors import UserError
 

@@ -23,8 +23,7 @@ import torch.distributed as dist
 
 from miniclip.command import flush_output, is_closed_pipe
 from miniclip.config import ConfigError
-from miniclip.files import shown
-from miniclip.weights import WeightsError, read_json
+from miniclip.files import WeightsError, read_json, shown
 
 from ..errors import DataError, UserError
 

@@ -16,8 +16,7 @@ from typing import Any, TextIO
 
 import torch
 
-from miniclip.files import parse_json, read_bytes, shown
-from miniclip.weights import WeightsError, atomic_write
+from miniclip.files import WeightsError, atomic_write, parse_json, read_bytes, shown
 
 from ..errors import UserError
 from .cli import MANY

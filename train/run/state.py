@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from miniclip.files import reason, shown
-from miniclip.weights import WeightsError
+from miniclip.files import WeightsError, reason, shown
 
 from ..errors import UserError
 from .cli import MANY, START_ONLY
