@@ -334,7 +334,7 @@ class CLIPTextTransformer(nn.Module):
         """
         ids = input_ids.int()                                                 # ONNX knows no argmax of int64
         where = ids if self.eos_token_id == 2 else (ids == self.eos_token_id).int()
-        return x[torch.arange(len(x), device=x.device), where.argmax(dim=1)]  # the first of equals
+        return x[torch.arange(x.shape[0], device=x.device), where.argmax(dim=1)]  # the first of equals
 
 
 # ----------------------------------------------------------------------------------------------- vision tower

@@ -253,7 +253,7 @@ def save_file(tensors: dict[str, Tensor], path: str | os.PathLike,
     with atomic_write(path) as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
         for name in names:
-            _write_bytes(file, tensors[name])
+            write_bytes(file, tensors[name])
 
 
 def _check_writable(name: Any, tensor: Any, path: str) -> None:
@@ -264,7 +264,8 @@ def _check_writable(name: Any, tensor: Any, path: str) -> None:
         raise WeightsError(f"{path}: tensor {shown(name)} cannot be written: it is {kind}")
 
 
-def _write_bytes(file: BinaryIO, tensor: Tensor) -> None:
+def write_bytes(file: BinaryIO, tensor: Tensor) -> None:
+    """A tensor's numbers, row after row."""
     tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     count = tensor.numel() * tensor.element_size()
     if count:

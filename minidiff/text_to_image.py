@@ -148,7 +148,7 @@ class TextToImage(nn.Module):
         noise = torch.cat([self._noise(seed, i) for i in range(len(prompts))])
         images = []
         for i in range(0, len(prompts), batch):
-            images.append(self._denoise(noise[i:i + batch], prompts[i:i + batch], steps, guidance).cpu())
+            images.append(self.denoise(noise[i:i + batch], prompts[i:i + batch], steps, guidance).cpu())
             if progress:
                 progress(min(i + batch, len(prompts)))
         return torch.cat(images)
@@ -161,7 +161,9 @@ class TextToImage(nn.Module):
         generator = torch.Generator().manual_seed((seed * SEED_STRIDE + index) % 2**63)
         return torch.randn(1, *self.latent_shape, generator=generator)
 
-    def _denoise(self, noise: Tensor, prompts: list[str], steps: int, guidance: float) -> Tensor:
+    @torch.no_grad()
+    def denoise(self, noise: Tensor, prompts: list[str], steps: int, guidance: float) -> Tensor:
+        """`sample` from given noise [B, L, h, w], on the model's device."""
         sampler = DDIMScheduler.from_config(self.scheduler.config)
         sampler.set_timesteps(steps)
         x = noise.to(self.device)

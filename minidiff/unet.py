@@ -282,9 +282,9 @@ class UNet2DConditionModel(ModelHabits, ModelFolder, nn.Module):
         """The embedding that all resnets add: time, LCM's guidance, class, SDXL's sizes -> [B, E]."""
         c = self.config
         t = torch.as_tensor(timestep, device=x.device).reshape(-1)
-        if len(t) not in (1, len(x)):
-            raise ValueError(f"timestep has {len(t)} entries for a batch of {len(x)}")
-        temb = self.time_embedding(self.time_proj(t.expand(len(x))).to(x.dtype), timestep_cond)
+        if t.shape[0] not in (x.shape[0], 1):
+            raise ValueError(f"timestep has {t.shape[0]} entries for a batch of {x.shape[0]}")
+        temb = self.time_embedding(self.time_proj(t.expand(x.shape[0])).to(x.dtype), timestep_cond)
         if self.class_embedding is not None:
             if class_labels is None:
                 raise ValueError("class_labels are missing: this model has a class embedding")
@@ -304,7 +304,7 @@ class UNet2DConditionModel(ModelHabits, ModelFolder, nn.Module):
             if name not in added:
                 raise ValueError(f"added_cond_kwargs lacks {name!r}: addition_embed_type = 'text_time' needs "
                                  "it")
-        sizes = self.add_time_proj(added["time_ids"].flatten()).reshape(len(x), -1)
+        sizes = self.add_time_proj(added["time_ids"].flatten()).reshape(x.shape[0], -1)
         return self.add_embedding(torch.cat([added["text_embeds"], sizes], dim=-1).to(x.dtype))
 
     def embed_text(self, text: Tensor | None) -> Tensor | None:
@@ -320,7 +320,7 @@ class UNet2DConditionModel(ModelHabits, ModelFolder, nn.Module):
             D = " or ".join(map(str, sorted(widths)))
             raise ValueError("encoder_hidden_states are missing: this model attends to a text "
                              f"[{len(sample)}, tokens, {D}]")
-        if text is not None and (text.ndim != 3 or len(text) != len(sample)):
+        if text is not None and (text.ndim != 3 or text.shape[0] != sample.shape[0]):
             raise ValueError(f"encoder_hidden_states is {list(text.shape)}, not [{len(sample)}, tokens, "
                              "width]")
         if text is not None and text.shape[-1] not in widths:

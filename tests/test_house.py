@@ -22,7 +22,9 @@ from train import sample, search, train_clip, train_diffusion
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
 FILES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
-         for part in ("miniclip", "minidiff", "data", "train") for path in (ROOT / part).rglob("*.py")}
+         for part in ("miniclip", "minidiff", "data", "train") for path in (ROOT / part).rglob("*.py")
+         if path.parent.name != "embed"}            # what exports copy beside their graphs: runs alone
+EMBEDDED = sorted(ROOT.glob("mini*/embed/*.py"))
 MAY_IMPORT = {"miniclip": {"miniclip"}, "minidiff": {"miniclip", "minidiff"},
               "train": {"miniclip", "minidiff", "train"}, "data": {"data", "miniclip", "train"}}
 HEAVY = {"torchvision", "PIL", "numpy"}             # only where an image is read, in the two packages
@@ -133,8 +135,18 @@ def test_what_is_public_has_a_docstring(path: str) -> None:
 
 def test_the_architecture_page_names_every_file() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    names = {path.split("/")[-1] for path in FILES} - {"__init__.py"}
+    names = {path.split("/")[-1] for path in [*FILES, *map(str, EMBEDDED)]} - {"__init__.py"}
     assert not [name for name in names if f"`{name}`" not in page]
+
+
+@pytest.mark.parametrize("path", EMBEDDED, ids=lambda path: path.name)
+def test_what_exports_copy_runs_without_us_and_can_be_read(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    found = {module.split(".")[0] for module, _ in imports("embed", ast.parse(text))}
+    assert found - set(sys.stdlib_module_names) <= {"numpy", "onnxruntime", "PIL", "tokens"}
+    assert text.count("\n") < 200
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'{path.parent.parent.name} = ["embed/*"]' in project        # so that an installed package has it
 
 
 # --------------------------------------------------------------------------- one way in for each kind of file

@@ -40,5 +40,5 @@ def test_a_trained_run_opens_upstream(tmp_path: Path) -> None:
         y = x
         for t in sampler.timesteps:         # a whole sampling run with upstream's parts only
             y = sampler.step(unet(y, t, context).sample, t, y, use_clipped_model_output=True).prev_sample
-        z = ours._denoise(x, prompts, steps=4, guidance=1.0)
+        z = ours.denoise(x, prompts, steps=4, guidance=1.0)
     assert relative_error(z, ours.decode(y).clamp(-1, 1)) <= 1e-5

@@ -1,0 +1,268 @@
+"""Graphs that run without Python: one module traced once, written for torch, for ONNX, or with int8 weights.
+
+Read after weights.py; miniclip/export.py and minidiff/export.py decide what is traced.
+Papers: Jacob 2018, section 2.1 (a scale for each output channel). Mirrors: nothing upstream.
+Every graph is traced at a batch of 2, never 1, which a tracer would take for a constant.
+Shapes: those of the traced modules; O output channels of a layer.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import secrets
+import shutil
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from miniclip.files import atomic_write
+from miniclip.weights import write_bytes
+
+FORMATS = ("onnx", "int8", "pt2")
+SUFFIX = {"onnx": ".onnx", "int8": ".onnx", "pt2": ".pt2"}
+OPSET = 18
+MOST_INLINE = 1_800_000_000     # bytes of weights inside an .onnx file; protobuf ends at 2 GiB
+LEAST_INT8 = 1024               # numbers of a weight that is worth a scale
+TOKENS = Path(__file__).parent / "embed" / "tokens.py"
+
+
+class Part(nn.Module):
+    """A module and what to ask of it, as one module: `part(*inputs)` is `call(module, *inputs)`."""
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any]):
+        super().__init__()
+        self.module, self.call = module, call
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """Whatever `call` returns: a tensor or several."""
+        return self.call(self.module, *inputs)
+
+
+class Graph(NamedTuple):
+    """What is traced. inputs: name -> an example; axes: name -> {dimension: its name}, those left out are
+    constants; outputs: names. most, multiple: limits of a named dimension."""
+
+    part: Part
+    inputs: dict[str, Tensor]
+    axes: dict[str, dict[int, str]]
+    outputs: list[str]
+    most: dict[str, int] = {}
+    multiple: dict[str, int] = {}
+
+
+def trace(graph: Graph) -> torch.export.ExportedProgram:
+    """The program, for any size of the named axes, 1 included."""
+    from torch.fx.experimental import _config
+
+    if not hasattr(_config, "backed_size_oblivious"):
+        raise ValueError(f"export needs a torch that traces a size of 1 as any other; {torch.__version__} "
+                         "is too old")
+    names = {name for axes in graph.axes.values() for name in axes.values()}
+    dims = {name: dimension(name, graph.most.get(name), graph.multiple.get(name, 1))
+            for name in sorted(names)}
+    shapes = tuple({axis: dims[name] for axis, name in graph.axes.get(key, {}).items()}
+                   for key in graph.inputs)
+    with _config.patch(backed_size_oblivious=True), torch.no_grad():
+        part = graph.part.eval().requires_grad_(False)
+        return torch.export.export(part, tuple(graph.inputs.values()), dynamic_shapes=(shapes,))
+
+
+def dimension(name: str, most: int | None, multiple: int) -> Any:
+    """A size from 1 on, or a multiple of a number."""
+    if multiple == 1:
+        return torch.export.Dim(name, min=1, max=most)
+    return multiple * torch.export.Dim(f"{name}_by_{multiple}", min=1)
+
+
+def write_graph(graph: Graph, format: str, path: Path) -> dict[str, Any]:
+    """Writes the graph, and returns what pipeline.json says of it. Raises ValueError where a package is
+    missing."""
+    program = trace(graph)
+    if format == "pt2":
+        torch.export.save(program, path)
+    else:
+        write_onnx(program, graph, path)
+    size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+    return {"file": path.name, "inputs": list(graph.inputs), "outputs": graph.outputs, "bytes": size}
+
+
+def write_onnx(program: torch.export.ExportedProgram, graph: Graph, path: Path) -> None:
+    """An .onnx file; weights that do not fit into one lie beside it in .onnx.data."""
+    need("onnx", "onnxscript")
+    output = torch.onnx.export(program, input_names=list(graph.inputs), output_names=graph.outputs,
+                               opset_version=OPSET, dynamo=True, verbose=False)
+    output.save(path, external_data=number_bytes(graph.part) > MOST_INLINE)
+
+
+def need(*packages: str) -> None:
+    """Raises ValueError, in one line, for packages that are not installed."""
+    for name in packages:
+        try:
+            __import__(name)
+        except ImportError:
+            raise ValueError(f"{name} is not installed: pip install 'minidiff[export]'") from None
+
+
+def number_bytes(module: nn.Module) -> int:
+    """Bytes of all weights and buffers."""
+    return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
+
+
+# ---------------------------------------------------------------------------------------------- int8 weights
+
+
+class Int8(nn.Module):
+    """A weight as int8 [O, ...] and a float32 scale for each of its O rows: weight = number * scale."""
+
+    def forward(self, numbers: Tensor, scale: Tensor) -> Tensor:
+        """[O, ...] int8, [O, 1 ...] -> [O, ...] float32."""
+        return numbers.to(scale.dtype) * scale
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest numbers; a row's largest becomes 127."""
+        largest = weight.detach().flatten(1).abs().amax(1).clamp(min=1e-12)
+        scale = (largest / 127).view(-1, *[1] * (weight.ndim - 1))
+        return (weight.detach() / scale).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def to_int8(module: nn.Module) -> tuple[nn.Module, dict[str, str]]:
+    """A copy whose layers hold int8 weights, and why each other parameter stayed float: name -> reason."""
+    module = copy.deepcopy(module).requires_grad_(False)
+    kept = {name: why_float(p) for name, p in module.named_parameters()}
+    for name, layer in list(module.named_modules()):
+        whole = isinstance(layer, (nn.Linear, nn.Conv2d, nn.Embedding))
+        if whole and why_float(layer.weight) == "no layer's weight":
+            kept.pop(f"{name}.weight", None)
+            parametrize.register_parametrization(layer, "weight", Int8(), unsafe=True)
+    return module, kept
+
+
+def why_float(weight: Tensor) -> str:
+    """Why a parameter that is no layer's weight, or too small a one, stays float."""
+    if weight.ndim < 2:
+        return "a bias, norm or scale"
+    return f"{weight.numel()} numbers only" if weight.numel() < LEAST_INT8 else "no layer's weight"
+
+
+# ------------------------------------------------------------------------------------------ folders, vectors
+
+
+@contextmanager
+def new_folder(out: str | os.PathLike) -> Iterator[Path]:
+    """A folder to fill that takes the name `out` when the block ends well; else nothing is left.
+
+    Raises ValueError for an `out` that holds something.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: is there and not empty; nothing is written over")
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.absolute().parent / f".{out.name[:40]}.{secrets.token_hex(4)}.tmp"
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        if out.exists():
+            out.rmdir()
+        os.replace(unfinished, out)
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def save_npy(path: Path, tensor: Tensor) -> None:
+    """Writes what numpy.load reads."""
+    tensor = tensor.detach().cpu().contiguous()
+    kind = {torch.float32: "<f4", torch.int64: "<i8", torch.uint8: "|u1"}[tensor.dtype]
+    shape = "".join(f"{n}, " for n in tensor.shape)
+    header = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': ({shape}), }}"
+    header = header.ljust(64 * math.ceil((len(header) + 11) / 64) - 11) + "\n"
+    with atomic_write(path) as file:
+        file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode("latin-1"))
+        write_bytes(file, tensor)
+
+
+def save_golden(folder: Path, vectors: dict[str, Tensor]) -> None:
+    """golden/NAME.npy of each vector."""
+    (folder / "golden").mkdir(exist_ok=True)
+    for name, tensor in vectors.items():
+        save_npy(folder / "golden" / f"{name}.npy", tensor)
+
+
+class Progress:
+    """Prints each stage with the seconds since the start."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __call__(self, text: str) -> None:
+        print(f"{time.perf_counter() - self.start:6.1f} s  {text}", flush=True)
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference, in parts of the largest number that is wanted."""
+    return ((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12)).item()
+
+
+def token_rules(tokenizer: Any, folder: Path, fill: bool) -> dict[str, Any]:
+    """Writes a tokenizer's vocabulary, and returns what embed/tokens.py needs to know besides.
+
+    fill: rows of the full length always, else as long as the longest.
+    """
+    folder.mkdir(exist_ok=True)
+    tokenizer.save_vocabulary(folder)
+    clean, vocab = tokenizer.clean, tokenizer.vocab
+    cleaned = {clean(t): vocab[t] for t in tokenizer.added_tokens if t in tokenizer.cleaned_tokens}
+    added = {t: vocab[t] for t in tokenizer.added_tokens if t not in tokenizer.cleaned_tokens}
+    rules = {"folder": folder.name, "kind": "bpe", "fill": fill, "length": tokenizer.model_max_length,
+             "start": tokenizer.bos_token_id, "end": tokenizer.eos_token_id,
+             "pad": tokenizer.pad_token_id, "unknown": tokenizer.unk_token_id,
+             "added": added, "cleaned": cleaned}
+    if hasattr(tokenizer, "merges"):
+        special = {t: vocab[t] for t in tokenizer.added_tokens if t in ("<|startoftext|>", "<|endoftext|>")}
+        return {**rules, "rules": tokenizer.rules, "special": special}
+    return {**rules, "kind": "wordpiece", "lower": tokenizer.do_lower_case,
+            "strip_accents": tokenizer.strip_accents}
+
+
+# ---------------------------------------------------------------------------------------------- fp16, golden
+
+FP16_MOST = 65504.0
+
+
+@torch.no_grad()
+def ranges(graph: Graph, inputs: list[Tensor]) -> dict[str, Any]:
+    """How large the numbers inside get: the largest, and the layers whose output float16 cannot hold."""
+    largest: dict[str, float] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, given: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.is_floating_point():
+                largest[name] = max(largest.get(name, 0.0), output.abs().max().item())
+
+        return hook
+
+    leaves = [(name, m) for name, m in graph.part.module.named_modules() if not any(m.children())]
+    hooks = [module.register_forward_hook(note(name)) for name, module in leaves]
+    graph.part(*inputs)
+    for hook in hooks:
+        hook.remove()
+    where = max(largest, key=largest.get, default="")
+    return {"largest": largest.get(where, 0.0), "layer": where,
+            "stays_float32": [name for name, value in largest.items() if not value < FP16_MOST]}
+
+
+@torch.no_grad()
+def outputs_of(graph: Graph, inputs: list[Tensor]) -> list[Tensor]:
+    """What the traced module answers in PyTorch, always as a list."""
+    found = graph.part(*inputs)
+    return [found] if isinstance(found, Tensor) else list(found)
