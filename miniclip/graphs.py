@@ -32,7 +32,9 @@ SUFFIX = {"onnx": ".onnx", "int8": ".onnx", "pt2": ".pt2"}
 OPSET = 18
 MOST_INLINE = 1_800_000_000     # bytes of weights inside an .onnx file; protobuf ends at 2 GiB
 LEAST_INT8 = 1024               # numbers of a weight that is worth a scale
-TOKENS = Path(__file__).parent / "embed" / "tokens.py"
+FP16_MOST = 65504.0
+EMBED = Path(__file__).parent / "embed"
+TOKENIZERS = (EMBED / "tokens.py", EMBED / "tokens.js")     # beside every runner and every page
 
 
 class Part(nn.Module):
@@ -73,7 +75,23 @@ def trace(graph: Graph) -> torch.export.ExportedProgram:
                    for key in graph.inputs)
     with _config.patch(backed_size_oblivious=True), torch.no_grad():
         part = graph.part.eval().requires_grad_(False)
-        return torch.export.export(part, tuple(graph.inputs.values()), dynamic_shapes=(shapes,))
+        program = torch.export.export(part, tuple(graph.inputs.values()), dynamic_shapes=(shapes,))
+    narrow_masks(program)
+    return program
+
+
+def narrow_masks(program: torch.export.ExportedProgram) -> None:
+    """Numbers below what float16 holds, which stand for "do not look here", become its lowest.
+
+    exp(-65504) is 0 in every precision. Made float16, the lowest float32 would be -inf, and a row that may
+    see nothing NaN.
+    """
+    def narrow(value: Any) -> Any:
+        return max(value, -FP16_MOST) if isinstance(value, float) and math.isfinite(value) else value
+
+    for node in program.graph.nodes:
+        node.args, node.kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), narrow)
+    program.graph_module.recompile()
 
 
 def dimension(name: str, most: int | None, multiple: int) -> Any:
@@ -236,9 +254,6 @@ def token_rules(tokenizer: Any, folder: Path, fill: bool) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------------- fp16, golden
 
-FP16_MOST = 65504.0
-
-
 @torch.no_grad()
 def ranges(graph: Graph, inputs: list[Tensor]) -> dict[str, Any]:
     """How large the numbers inside get: the largest, and the layers whose output float16 cannot hold."""
@@ -266,3 +281,45 @@ def outputs_of(graph: Graph, inputs: list[Tensor]) -> list[Tensor]:
     """What the traced module answers in PyTorch, always as a list."""
     found = graph.part(*inputs)
     return [found] if isinstance(found, Tensor) else list(found)
+
+
+def write_beside(folder: Path, format: str, embed: Path) -> None:
+    """README.md and, where the graphs can run, the runner and the page of a package's embed/."""
+    for file in () if format == "pt2" else (embed / "runner.py", embed / "index.html", *TOKENIZERS):
+        shutil.copyfile(file, folder / file.name)
+    shutil.copyfile(embed / f"README_{'pt2' if format == 'pt2' else 'onnx'}.md", folder / "README.md")
+
+
+def int8_report(graphs: dict[str, Graph], small: dict[str, Graph], vectors: dict[str, Tensor],
+                kept: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """What int8 weights cost: each stage's error, given the same golden input; bytes; what stayed float."""
+    errors = {name: max(relative_error(vectors[f"{name}.{key}"], wanted) for key, wanted in
+                        zip(graph.outputs, outputs_of(graph, golden_inputs(graph, name, vectors)),
+                            strict=True))
+              for name, graph in graphs.items()}
+    sizes = {name: [number_bytes(of[name].part) for of in (graphs, small)] for name in graphs}
+    return {"relative_error": errors, "weight_bytes_float32_int8": sizes, "stayed_float": kept}
+
+
+def golden_inputs(graph: Graph, name: str, vectors: dict[str, Tensor]) -> list[Tensor]:
+    """The golden inputs of a graph."""
+    return [vectors[f"{name}.{key}"] for key in graph.inputs]
+
+
+def write_graphs(graphs: dict[str, Graph], format: str, folder: Path, vectors: dict[str, Tensor],
+                 say: Progress) -> dict[str, Any]:
+    """All graphs of a folder, and what pipeline.json says of them."""
+    written = {}
+    for name, graph in graphs.items():
+        written[name] = write_graph(graph, format, folder / f"{name}{SUFFIX[format]}")
+        written[name]["float16"] = ranges(graph, golden_inputs(graph, name, vectors))
+        say(f"{written[name]['file']}, {written[name]['bytes']:,} bytes")
+    return written
+
+
+def check_format(format: str) -> None:
+    """Raises ValueError for an unknown format, or one whose packages are missing."""
+    if format not in FORMATS:
+        raise ValueError(f"--format {format}: not one of {', '.join(FORMATS)}")
+    if format != "pt2":
+        need("onnx", "onnxscript")

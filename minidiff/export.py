@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,25 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from miniclip.command import run
-from miniclip.files import atomic_write, write_json
+from miniclip.files import write_json
 from miniclip.graphs import (
     FORMATS,
     OPSET,
-    SUFFIX,
-    TOKENS,
     Graph,
     Part,
     Progress,
-    need,
+    check_format,
+    int8_report,
     new_folder,
-    number_bytes,
     outputs_of,
-    ranges,
-    relative_error,
     save_golden,
     to_int8,
     token_rules,
-    write_graph,
+    write_beside,
+    write_graphs,
 )
 from minidiff.pipeline import StableDiffusionPipeline
 from minidiff.samplers import DDIMScheduler
@@ -168,7 +164,7 @@ def plan_pipeline(pipe: StableDiffusionPipeline, size: tuple[int, int] | None) -
         "vae_decoder": picture_graph(Part(pipe.vae, lambda vae, z: vae.decode(z).sample), L, h, w, fixed,
                                      ["picture"]),
         "vae_encoder": picture_graph(Part(pipe.vae, encoded), vae.in_channels, height, width, fixed,
-                                     ["mean", "deviation"])}
+                                     ["latent_mean", "latent_deviation"])}
     sampler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     if sampler.config.thresholding:
         raise ValueError("--model: thresholding in the scheduler's config is not exported")
@@ -246,11 +242,6 @@ def golden_vectors(plan: Plan) -> dict[str, Tensor]:
     return {**vectors, "picture": plan.draw(plan.prompt, noise, GOLDEN_STEPS, guidance)}
 
 
-def inputs_in(graph: Graph, name: str, vectors: dict[str, Tensor]) -> list[Tensor]:
-    """The golden inputs of a graph."""
-    return [vectors[f"{name}.{key}"] for key in graph.inputs]
-
-
 # --------------------------------------------------------------------------------------------------- command
 
 
@@ -280,36 +271,22 @@ def in_int8(model: Any) -> dict[str, dict[str, str]]:
     return kept
 
 
-def int8_report(float_plan: Plan, plan: Plan, vectors: dict[str, Tensor], kept: dict) -> dict[str, Any]:
-    """Errors of the int8 weights, each stage given the same input; bytes; what stayed float."""
-    errors = {name: max(relative_error(vectors[f"{name}.{key}"], wanted) for key, wanted in
-                        zip(graph.outputs, outputs_of(graph, inputs_in(graph, name, vectors)), strict=True))
-              for name, graph in float_plan.graphs.items()}
-    picture = float_plan.draw(float_plan.prompt, vectors["noise"], GOLDEN_STEPS,
-                              plan.rules["defaults"]["guidance"])
-    grey = (picture - vectors["picture"]).abs() * 127.5
-    count = {name: [number_bytes(p.graphs[name].part) for p in (float_plan, plan)] for name in plan.graphs}
-    return {"relative_error": errors, "weight_bytes_float32_int8": count, "stayed_float": kept,
-            "picture_grey_levels": {"mean": grey.mean().item(), "most": grey.max().item()}}
-
-
 def export(model: Any, format: str, size: tuple[int, int] | None, folder: Path, say: Progress) -> None:
     """Fills a folder."""
     plan, report = plan_of(model, size), {}
     if format == "int8":
-        float_plan, kept = plan, {}
-        model = copy.deepcopy(model)
-        kept = in_int8(model)
-        plan = plan_of(model, size)
+        small = copy.deepcopy(model)
+        kept = in_int8(small)
+        exact, plan = plan, plan_of(small, size)
     vectors = golden_vectors(plan)
     if format == "int8":
-        report = {"int8": int8_report(float_plan, plan, vectors, kept)}
+        guidance = plan.rules["defaults"]["guidance"]
+        grey = (exact.draw(plan.prompt, vectors["noise"], GOLDEN_STEPS, guidance) - vectors["picture"]).abs()
+        report = {"int8": {**int8_report(exact.graphs, plan.graphs, vectors, kept),
+                           "picture_grey_levels": {"mean": grey.mean().item() * 127.5,
+                                                   "most": grey.max().item() * 127.5}}}
     say("golden vectors")
-    graphs = {}
-    for name, graph in plan.graphs.items():
-        graphs[name] = write_graph(graph, format, folder / f"{name}{SUFFIX[format]}")
-        graphs[name]["float16"] = ranges(graph, inputs_in(graph, name, vectors))
-        say(f"{graphs[name]['file']}, {graphs[name]['bytes']:,} bytes")
+    graphs = write_graphs(plan.graphs, format, folder, vectors, say)
     tokenizers = [token_rules(t, folder / f"tokenizer{'_2' * i}", fill=True)
                   for i, t in enumerate(plan.tokenizers)]
     golden = {"prompt": plan.prompt, "steps": GOLDEN_STEPS, "tolerance": TOLERANCE,
@@ -319,17 +296,7 @@ def export(model: Any, format: str, size: tuple[int, int] | None, folder: Path, 
         "any_size": size is None, "graphs": graphs, "tokenizers": tokenizers, **plan.rules,
         "golden": golden, **report})
     save_golden(folder, vectors)
-    write_beside(folder, format)
-
-
-def write_beside(folder: Path, format: str) -> None:
-    """README.md and, where they can run, the runner and the page."""
-    files = [] if format == "pt2" else [EMBED / "runner.py", EMBED / "index.html", TOKENS]
-    for file in files:
-        shutil.copyfile(file, folder / file.name)
-    with atomic_write(folder / "README.md") as file:
-        name = "README_pt2.md" if format == "pt2" else "README_onnx.md"
-        file.write((EMBED / name).read_bytes())
+    write_beside(folder, format, EMBED)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -358,10 +325,7 @@ def parse_size(text: str) -> tuple[int, int] | None:
 
 def write(a: argparse.Namespace) -> None:
     """Checks, loads, exports."""
-    if a.format not in FORMATS:
-        raise ValueError(f"--format {a.format}: not one of {', '.join(FORMATS)}")
-    if a.format != "pt2":
-        need("onnx", "onnxscript")
+    check_format(a.format)
     size, say = parse_size(a.size), Progress()
     with new_folder(a.out) as folder:
         model = load(a.model, a.tokenizer)

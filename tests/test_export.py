@@ -184,7 +184,7 @@ def test_what_cannot_be_exported_leaves_nothing(run_folder: Path, tmp_path: Path
     assert "--size 12" in said("--size", "12")
     assert "multiples of 2" in said("--size", "15x16")
     assert "nowhere" in said(model=tmp_path / "nowhere")
-    monkeypatch.setattr(export, "write_graph", no_space)
+    monkeypatch.setattr(graphs, "write_graph", no_space)
     assert "No space left" in said()
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "full").mkdir()

@@ -51,8 +51,9 @@ class Page:
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
                  f"--user-data-dir={profile}", "about:blank"]
         redirected = f'exec "$0" "$@" 3<&{ours[0]} 4>&{theirs[1]}'
-        self.process = subprocess.Popen(["bash", "-c", redirected, found, *flags], pass_fds=(ours[0], theirs[1]),
-                                        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        self.process = subprocess.Popen(["bash", "-c", redirected, found, *flags],
+                                        pass_fds=(ours[0], theirs[1]), stderr=subprocess.DEVNULL,
+                                        stdout=subprocess.DEVNULL)
         os.close(ours[0]), os.close(theirs[1])
         self.numbers, self.session = itertools.count(1), None
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
