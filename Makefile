@@ -3,6 +3,7 @@
 # make demo-clip   learn which herb is which, in out/herbs, and answer
 # make test     the tests, offline
 # make parity   the tests against diffusers, transformers and open_clip
+# make parity-export   exported graphs beside PyTorch, in onnxruntime, openvino and a browser (Python 3.11 or later)
 # make bench    speed and memory beside diffusers
 # make faults   training runs killed at random, on two hosts too: is anything lost?
 # make fuzz     damaged input for every reader: does it load, or end in one line?
@@ -27,7 +28,7 @@ STROKES_OUT ?= out/strokes
 # train and data under these names from any folder: --editable knows the packages only
 ON_PATH = import os, pathlib, sysconfig; pathlib.Path(sysconfig.get_path('purelib'), 'checkout.pth').write_text(os.getcwd())
 
-.PHONY: setup demo demo-strokes demo-clip test parity faults fuzz bench clean
+.PHONY: setup demo demo-strokes demo-clip test parity parity-export faults fuzz bench clean
 
 setup: $(VENV)/base.stamp
 
@@ -70,6 +71,14 @@ test: $(VENV)/test.stamp
 
 parity: $(VENV)/parity.stamp
 	$(RUN) -m pytest tests/parity
+
+$(VENV)/export.stamp: $(VENV)/test.stamp
+	$(RUN) -c "import sys; sys.exit('onnxruntime needs Python 3.11 or later' if sys.version_info < (3, 11) else 0)"
+	$(RUN) -m pip install --quiet --editable ".[test,export]"
+	$(RUN) -c "open('$@', 'w')"
+
+parity-export: $(VENV)/export.stamp
+	$(RUN) -m pytest tests/parity_export
 
 faults: $(VENV)/test.stamp
 	$(RUN) -m tests.faults

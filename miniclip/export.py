@@ -69,7 +69,7 @@ def graphs_of(m: ImageTextModel) -> dict[str, Graph]:
     return {"image": Graph(Part(m.model, image_embedding), {"pixels": torch.randn(2, 3, *side)},
                            {"pixels": {0: "batch"}}, ["vector"]),
             "text": Graph(Part(m.model, text_embedding), {"ids": ids, "mask": torch.ones_like(ids)},
-                          {"ids": rows, "mask": rows}, ["vector"], most={"tokens": most})}
+                          {"ids": rows, "mask": rows}, ["vector"], {"tokens": most}, {"tokens": 2})}
 
 
 def read_size(processor: CLIPImageProcessor) -> tuple[int, int]:

@@ -51,13 +51,14 @@ class Part(nn.Module):
 
 class Graph(NamedTuple):
     """What is traced. inputs: name -> an example; axes: name -> {dimension: its name}, those left out are
-    constants; outputs: names. most, multiple: limits of a named dimension."""
+    constants; outputs: names. most, least, multiple: limits of a named dimension."""
 
     part: Part
     inputs: dict[str, Tensor]
     axes: dict[str, dict[int, str]]
     outputs: list[str]
     most: dict[str, int] = {}
+    least: dict[str, int] = {}
     multiple: dict[str, int] = {}
 
 
@@ -69,8 +70,8 @@ def trace(graph: Graph) -> torch.export.ExportedProgram:
         raise ValueError(f"export needs a torch that traces a size of 1 as any other; {torch.__version__} "
                          "is too old")
     names = {name for axes in graph.axes.values() for name in axes.values()}
-    dims = {name: dimension(name, graph.most.get(name), graph.multiple.get(name, 1))
-            for name in sorted(names)}
+    dims = {name: dimension(name, graph.most.get(name), graph.least.get(name, 1),
+                            graph.multiple.get(name, 1)) for name in sorted(names)}
     shapes = tuple({axis: dims[name] for axis, name in graph.axes.get(key, {}).items()}
                    for key in graph.inputs)
     with _config.patch(backed_size_oblivious=True), torch.no_grad():
@@ -94,11 +95,11 @@ def narrow_masks(program: torch.export.ExportedProgram) -> None:
     program.graph_module.recompile()
 
 
-def dimension(name: str, most: int | None, multiple: int) -> Any:
-    """A size from 1 on, or a multiple of a number."""
+def dimension(name: str, most: int | None, least: int, multiple: int) -> Any:
+    """A size within limits, or a multiple of a number."""
     if multiple == 1:
-        return torch.export.Dim(name, min=1, max=most)
-    return multiple * torch.export.Dim(f"{name}_by_{multiple}", min=1)
+        return torch.export.Dim(name, min=least, max=most)
+    return multiple * torch.export.Dim(f"{name}_by_{multiple}", min=max(1, least // multiple))
 
 
 def write_graph(graph: Graph, format: str, path: Path) -> dict[str, Any]:
@@ -114,11 +115,31 @@ def write_graph(graph: Graph, format: str, path: Path) -> dict[str, Any]:
 
 
 def write_onnx(program: torch.export.ExportedProgram, graph: Graph, path: Path) -> None:
-    """An .onnx file; weights that do not fit into one lie beside it in .onnx.data."""
+    """An .onnx file; weights that do not fit into one lie beside it in .onnx.data.
+
+    Nothing is optimised here: that would turn small int8 weights back to float32, and every runtime does it
+    when it loads. Nor does the file say from which lines of which files its nodes come.
+    """
     need("onnx", "onnxscript")
     output = torch.onnx.export(program, input_names=list(graph.inputs), output_names=graph.outputs,
-                               opset_version=OPSET, dynamo=True, verbose=False)
+                               opset_version=OPSET, dynamo=True, verbose=False, optimize=False)
+    for node in output.model.graph.all_nodes():
+        for noted in (node, *node.outputs):
+            noted.metadata_props.clear()
+        if node.op_type == "Constant":
+            narrow_constant(node)
     output.save(path, external_data=number_bytes(graph.part) > MOST_INLINE)
+
+
+def narrow_constant(node: Any) -> None:
+    """As narrow_masks, for masks that the exporter itself makes, of causal attention."""
+    import onnx_ir
+
+    value = node.attributes["value"].value if "value" in node.attributes else None
+    number = value.numpy() if value is not None and value.size == 1 else None
+    if number is not None and number.dtype.kind == "f" and math.isfinite(number) and number < -FP16_MOST:
+        narrowed = onnx_ir.tensor(number.clip(-FP16_MOST))
+        node.attributes["value"] = onnx_ir.AttrTensor("value", narrowed)
 
 
 def need(*packages: str) -> None:
@@ -192,6 +213,8 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
             out.rmdir()
         os.replace(unfinished, out)
     except OSError as error:
+        if isinstance(error, ValueError):                   # of a model's file, which says what is wrong
+            raise
         raise ValueError(f"--out {out}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

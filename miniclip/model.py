@@ -151,8 +151,8 @@ def causal_bias(length: int, mask: Tensor | None, dtype: torch.dtype, device: to
     allowed = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
     if mask is not None:
         allowed = allowed & mask.bool()[:, None, None, :]                     # [B, 1, S, S]
-    lowest = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=device)
-    return torch.where(allowed, torch.zeros_like(lowest), lowest)
+    zeros = torch.zeros(allowed.shape, dtype=dtype, device=device)
+    return zeros.masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 class CLIPAttention(nn.Module):

@@ -143,9 +143,9 @@ class AttentionPool2d(nn.Module):
         x = x.flatten(2).transpose(1, 2)                                      # [B, HW, C]
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)                # [B, HW + 1, C]
         x = x + self.positional_embedding
-        q, k, v = heads(self.q_proj(x[:, :1])), heads(self.k_proj(x)), heads(self.v_proj(x))
+        q, k, v = heads(self.q_proj(x[:, 0])[:, None]), heads(self.k_proj(x)), heads(self.v_proj(x))
         y = attention_fused(q, k, v, None, False, 0.0)                        # [B, nh, 1, hd]
-        return self.c_proj(y.transpose(1, 2).flatten(1))                      # [B, E]
+        return self.c_proj(y.flatten(1))                                      # [B, E]
 
 
 class ModifiedResNet(nn.Module):

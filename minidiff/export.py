@@ -105,11 +105,11 @@ def unet_graph(unet: UNet2DConditionModel, tokens: int, latents: tuple[int, int,
 
 
 def picture_graph(part: Part, channels: int, height: int, width: int, fixed: bool,
-                  outputs: list[str], multiple: int = 1) -> Graph:
+                  outputs: list[str], multiple: int = 1, least: int = 1) -> Graph:
     """Latents or pictures [B, channels, height, width], multiples of a number -> pictures or latents."""
     inputs = {"x": torch.rand(2, channels, height, width) * 2 - 1}
     return Graph(part, inputs, axes_of({"x": UNET_AXES["x"]}, fixed), outputs,
-                 multiple={"height": multiple, "width": multiple})
+                 least={"height": least, "width": least}, multiple={"height": multiple, "width": multiple})
 
 
 def axes_of(axes: dict[str, dict[int, str]], fixed: bool) -> dict[str, dict[int, str]]:
@@ -164,7 +164,7 @@ def plan_pipeline(pipe: StableDiffusionPipeline, size: tuple[int, int] | None) -
         "vae_decoder": picture_graph(Part(pipe.vae, lambda vae, z: vae.decode(z).sample), L, h, w, fixed,
                                      ["picture"]),
         "vae_encoder": picture_graph(Part(pipe.vae, encoded), vae.in_channels, height, width, fixed,
-                                     ["latent_mean", "latent_deviation"])}
+                                     ["latent_mean", "latent_deviation"], pipe.factor, 2 * pipe.factor)}
     sampler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     if sampler.config.thresholding:
         raise ValueError("--model: thresholding in the scheduler's config is not exported")
@@ -249,6 +249,8 @@ def load(path: str, tokenizer: str | None) -> Any:
     """The model of --model: a TextToImage or a StableDiffusionPipeline, in float32."""
     if model_of(path):
         return TextToImage.load(path)
+    if any((Path(path) / inside / "strokes.json").is_file() for inside in ("", "model")):
+        raise ValueError(f"{path}: a run that writes strokes; these cannot be exported")
     if not Path(path).is_file():
         return StableDiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32)
     if tokenizer is None:

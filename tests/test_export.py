@@ -149,6 +149,16 @@ def test_the_runner_walks_as_ddim(spacing: str, kind: str) -> None:
 # ------------------------------------------------------------------------------------------------------ int8
 
 
+def test_a_size_that_is_fixed_is_no_axis(run_folder: Path) -> None:
+    plan = export.plan_run(TextToImage.load(run_folder), (16, 24))
+    for name, graph in plan.graphs.items():
+        assert {axis for axes in graph.axes.values() for axis in axes.values()} <= {"batch", "tokens"}
+        if name != "text_encoder":
+            height, width = graph.inputs["x"].shape[2:]
+            assert width * 2 == height * 3
+    assert plan.draw("春", torch.randn(1, 4, 8, 12), 2, 1.5).shape == (1, 1, 32, 48)
+
+
 def test_int8_weights_are_a_quarter_and_near() -> None:
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Conv2d(16, 64, 3), torch.nn.GroupNorm(8, 64),
@@ -183,7 +193,10 @@ def test_what_cannot_be_exported_leaves_nothing(run_folder: Path, tmp_path: Path
     assert "--format gguf" in said("--format", "gguf")
     assert "--size 12" in said("--size", "12")
     assert "multiples of 2" in said("--size", "15x16")
-    assert "nowhere" in said(model=tmp_path / "nowhere")
+    assert "nowhere" in (error := said(model=tmp_path / "nowhere")) and "--out" not in error
+    (tmp_path / "strokes.json").write_text("{}")
+    assert "writes strokes" in said(model=tmp_path)
+    (tmp_path / "strokes.json").unlink()
     monkeypatch.setattr(graphs, "write_graph", no_space)
     assert "No space left" in said()
     assert list(tmp_path.iterdir()) == []
