@@ -1,4 +1,4 @@
-"""The two objectives that TextToImage learns by: diffusion, and rectified flow. Each has its schedule and its
+"""The two objectives that TextToImage learns by, diffusion and rectified flow: each with its schedule and its
 sampler.
 
 Read after samplers/ddim.py and flow_match.py, before text_to_image.py.
@@ -64,8 +64,8 @@ OBJECTIVES = {"diffusion": Objective(DDPMScheduler, cosine_schedule, ddim_walk),
 
 
 def objective_of(scheduler: Sampler) -> Objective:
-    """By which of them this scheduler trains."""
-    return next(found for found in OBJECTIVES.values() if isinstance(scheduler, found.scheduler))
+    """By which of them this scheduler trains: flow, if it is flow's."""
+    return OBJECTIVES["flow" if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) else "diffusion"]
 
 
 def objective_in(folder: str | Path) -> str:
