@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from miniclip.files import read_json
-from minidiff.samplers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from minidiff.samplers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from minidiff.samplers.base import linspace
-from minidiff.schedule import Sampler
+from minidiff.schedule import Generators, Sampler
 
 Walk = tuple[Tensor, Callable[..., Any]]        # timesteps [n], from noise on; and the sampler's `step`
 
@@ -37,35 +37,48 @@ def straight_paths(clip: bool = True) -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler()
 
 
-def ddim_walk(scheduler: Sampler, steps: int) -> Walk:
+def ddim_walk(scheduler: Sampler, steps: int, generator: Generators) -> Walk:
     """Of what diffusion trained."""
     sampler = DDIMScheduler.from_config(scheduler.config)
     sampler.set_timesteps(steps)
     return sampler.timesteps, partial(sampler.step, use_clipped_model_output=True)
 
 
-def euler_walk(scheduler: Sampler, steps: int) -> Walk:
+def euler_walk(scheduler: Sampler, steps: int, generator: Generators) -> Walk:
     """Of what flow trained: equal steps from sigma = 1 to 0."""
     sampler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
     sampler.set_timesteps(sigmas=linspace(1.0, 1 / steps, steps))
     return sampler.timesteps, sampler.step
 
 
+def lcm_walk(scheduler: Sampler, steps: int, generator: Generators) -> Walk:
+    """Of what was distilled; the generator draws the noise between the steps. More steps than the
+    distillation knew are as many as it knew."""
+    sampler = LCMScheduler.from_config(scheduler.config)
+    sampler.set_timesteps(min(steps, scheduler.config.original_inference_steps))
+    return sampler.timesteps, partial(sampler.step, generator=generator)
+
+
 class Objective(NamedTuple):
     """What a model is trained by."""
 
     scheduler: type[Sampler]                    # whose name its scheduler_config.json bears
-    fresh: Callable[..., Sampler]               # the schedule of a fresh model; clip: as in cosine_schedule
-    walk: Callable[[Sampler, int], Walk]        # its scheduler and n -> how to sample in n steps
+    # the schedule of a fresh model; clip: as in cosine_schedule. None: not for fresh ones
+    fresh: Callable[..., Sampler] | None
+    # its scheduler, n and generators, one an image -> how to sample in n steps
+    walk: Callable[[Sampler, int, Generators], Walk]
+    guided: bool = True                         # a distilled model has its own guidance: no other matters
 
 
 OBJECTIVES = {"diffusion": Objective(DDPMScheduler, cosine_schedule, ddim_walk),
-              "flow": Objective(FlowMatchEulerDiscreteScheduler, straight_paths, euler_walk)}
+              "flow": Objective(FlowMatchEulerDiscreteScheduler, straight_paths, euler_walk),
+              "consistency": Objective(LCMScheduler, None, lcm_walk, guided=False)}
 
 
 def objective_of(scheduler: Sampler) -> Objective:
     """By which of them this scheduler trains: flow, if it is flow's."""
-    return OBJECTIVES["flow" if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) else "diffusion"]
+    return next((found for found in OBJECTIVES.values() if isinstance(scheduler, found.scheduler)),
+                OBJECTIVES["diffusion"])
 
 
 def objective_in(folder: str | Path) -> str:

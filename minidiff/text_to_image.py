@@ -27,7 +27,7 @@ from miniclip.model import CLIPTextModel
 from miniclip.tokenizer import CLIPTokenizer
 from minidiff.objective import cosine_schedule, load_scheduler, objective_of
 from minidiff.pil import to_pil
-from minidiff.schedule import Sampler
+from minidiff.schedule import Generators, Sampler, randn
 from minidiff.unet import UNet2DConditionModel
 from minidiff.upscaler import Upscaler
 
@@ -142,14 +142,16 @@ class TextToImage(nn.Module):
                batch: int = 20, progress: Callable[[int], None] | None = None) -> Tensor:
         """One image for each prompt, [N, C, S, S] in [-1, 1], on the CPU; of twice the side with an upscaler.
 
-        guidance: 1 follows the prompt, 0 ignores it, more exaggerates it.
+        guidance: 1 follows the prompt, 0 ignores it, more exaggerates it; a distilled model keeps to its own.
         Image i has its own noise, drawn on the CPU from (seed, i): it does not change with the batch or with
         how many are drawn.
         """
-        noise = torch.cat([self._noise(seed, i) for i in range(len(prompts))])
+        generators = [image_generator(seed, i) for i in range(len(prompts))]
         images = []
         for i in range(0, len(prompts), batch):
-            images.append(self._denoise(noise[i:i + batch], prompts[i:i + batch], steps, guidance).cpu())
+            own = generators[i:i + batch]
+            noise = randn((len(own), *self.latent_shape), own, self.device, torch.float32)
+            images.append(self._denoise(noise, prompts[i:i + batch], steps, guidance, own).cpu())
             if progress:
                 progress(min(i + batch, len(prompts)))
         return torch.cat(images)
@@ -158,13 +160,11 @@ class TextToImage(nn.Module):
         """`sample` with the same options, as Pillow images."""
         return to_pil((self.sample(prompts, **options) + 1) / 2)
 
-    def _noise(self, seed: int, index: int) -> Tensor:
-        generator = torch.Generator().manual_seed((seed * SEED_STRIDE + index) % 2**63)
-        return torch.randn(1, *self.latent_shape, generator=generator)
-
-    def _denoise(self, noise: Tensor, prompts: list[str], steps: int, guidance: float) -> Tensor:
-        timesteps, step = objective_of(self.scheduler).walk(self.scheduler, steps)
-        x = noise.to(self.device)
+    def _denoise(self, x: Tensor, prompts: list[str], steps: int, guidance: float,
+                 generator: Generators = None) -> Tensor:
+        objective = objective_of(self.scheduler)
+        timesteps, step = objective.walk(self.scheduler, steps, generator)
+        guidance = guidance if objective.guided else 1
         first = torch.zeros(len(prompts), dtype=torch.long)     # an image's first mask covers all of it
         uncond, cond = ({**self.conditioning(p), **self.inpaint_input(first, first)}
                         for p in ([""] * len(prompts), prompts))
@@ -244,6 +244,11 @@ class TextToImage(nn.Module):
         if channels != format.channels * format.fold**2 or format.size % format.fold:
             raise WeightsError(f"{folder / FILE}: {tuple(format)} does not fit a UNet of {channels} channels")
         return model.eval()
+
+
+def image_generator(seed: int, index: int) -> torch.Generator:
+    """Of all random numbers of one image."""
+    return torch.Generator().manual_seed((seed * SEED_STRIDE + index) % 2**63)
 
 
 def model_of(folder: str | Path) -> Path | None:

@@ -78,7 +78,8 @@ class TrainConfig(TrainSettings):
     preset: str = changed(TrainSettings, "preset", default="small", choices=tuple(PRESETS))
     ema: float = changed(TrainSettings, "ema", default=0.98)
     objective: str = flag("diffusion", "what a model learns: diffusion (v; sampled by DDIM) or flow "
-                          "(eps - x0 on straight paths; by Euler)", section=MODEL, choices=tuple(OBJECTIVES))
+                          "(eps - x0 on straight paths; by Euler)", section=MODEL,
+                          choices=("diffusion", "flow"))
     caption_drop: float = flag(0.1, "share of images trained without caption, for guidance", section=MODEL,
                                at_least=0, at_most=1)
     jitter: bool = changed(TrainSettings, "jitter", help="small random rotations, shifts, scalings")
