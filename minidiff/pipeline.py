@@ -386,7 +386,8 @@ class StableDiffusionPipeline(PipelineFolder, PipelineHabits, PipelineLoRA):
         given = {name: value for name, value in custom.items() if value is not None}
         if unknown := given.keys() - inspect.signature(self.scheduler.set_timesteps).parameters.keys():
             raise ValueError(f"{type(self.scheduler).__name__} takes no {unknown.pop()}")
-        self.scheduler.set_timesteps(**(given or {"num_inference_steps": steps}), device=self.device)
+        # on the CPU: reading a timestep that lies on a GPU would wait, in each step, for all work before it
+        self.scheduler.set_timesteps(**(given or {"num_inference_steps": steps}), device="cpu")
         timesteps = self.scheduler.timesteps
         first = 0
         if start is not None:

@@ -104,6 +104,25 @@ def test_every_sampler(pipe):
         pipe.scheduler = kept
 
 
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_no_step_waits_for_the_device(name):
+    """To read a number from a GPU is to wait for all work before it. Tensors on the meta device have no
+    numbers: reading one raises."""
+    pipe = make().to("meta")
+    pipe.scheduler = SCHEDULERS[name].from_config(pipe.scheduler.config)
+    latents = torch.empty(1, 4, 8, 8, device="meta")
+    x = pipe("a herb", height=16, width=16, num_inference_steps=5, latents=latents,
+             output_type="latent").images
+    assert x.is_meta and x.shape == latents.shape
+
+
+def test_the_unet_compiles_as_one_graph(pipe):
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor(7), torch.randn(1, 5, 32)
+    graph = torch.compile(pipe.unet, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(graph(*inputs).sample, pipe.unet(*inputs).sample)
+
+
 def test_a_picture_does_not_depend_on_its_batch(pipe):
     generators = [torch.Generator().manual_seed(s) for s in (7, 8, 9)]
     batch = draw(pipe, num_images_per_prompt=3, generator=generators, output_type="latent")
