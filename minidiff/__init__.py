@@ -14,6 +14,7 @@ from minidiff.samplers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "DPMSolverMultistepScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
     "LCMScheduler",
     "PNDMScheduler",
     "StableDiffusionImg2ImgPipeline",

@@ -269,7 +269,8 @@ def test_optimal_denoiser() -> None:
     bank, alpha_bar = torch.tensor([[1.0], [-1.0]]), 0.5
     x_t = torch.tensor([[0.3], [0.0]])
     by_hand = torch.tanh(x_t * alpha_bar**0.5 / (1 - alpha_bar))
-    assert torch.allclose(optimal_denoiser(x_t, bank, alpha_bar), by_hand, atol=1e-6)
+    found = optimal_denoiser(x_t, bank, alpha_bar**0.5, (1 - alpha_bar)**0.5)
+    assert torch.allclose(found, by_hand, atol=1e-6)
 
 
 def test_muon_updates_are_nearly_orthogonal() -> None:
