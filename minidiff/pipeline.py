@@ -501,7 +501,8 @@ class StableDiffusionPipeline(PipelineFolder, PipelineHabits, PipelineLoRA):
         # diffusers' AutoencoderTiny has no distribution
         z = coded.latent_dist.sample(generator) if hasattr(coded, "latent_dist") else coded.latents
         z = z.to(dtype)
-        vae.to(own)
+        if vae.dtype != own:
+            vae.to(own)
         mean, std = self.latent_statistics(z)
         z = (z - mean) * vae.config.scaling_factor / std
         return torch.cat([z] * (batch // len(z)))
@@ -516,7 +517,8 @@ class StableDiffusionPipeline(PipelineFolder, PipelineHabits, PipelineLoRA):
             z = z.to(torch.float32)
         mean, std = self.latent_statistics(z)
         x = vae.decode(z * std / vae.config.scaling_factor + mean).sample
-        vae.to(own)
+        if vae.dtype != own:
+            vae.to(own)
         return x
 
     def latent_statistics(self, z: Tensor) -> tuple[Tensor | float, Tensor | float]:
