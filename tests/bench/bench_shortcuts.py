@@ -101,7 +101,8 @@ def measure_sd(name: str, args: argparse.Namespace) -> tuple[dict[str, Any], Ten
     def draw(steps: int) -> Tensor:
         prompt, negative = (text(each).last_hidden_state for each in ids)
         found = pipe(prompt_embeds=prompt, negative_prompt_embeds=negative, latents=latents,
-                     guidance_scale=7.5, num_inference_steps=steps, output_type="latent").images
+                     height=8 * args.latents, width=8 * args.latents, guidance_scale=7.5,
+                     num_inference_steps=steps, output_type="latent").images
         pipe.vae.decode(found / vae.config.scaling_factor)
         return found
 
@@ -220,14 +221,16 @@ def sd_heading(a: dict[str, Any]) -> tuple[str, str]:
     return ("## Stable Diffusion 1.5's shape",
             f"Random weights: text to picture of {side} x {side}, {a['steps']} steps of DPM-Solver++ with "
             "guidance 7.5, text tower and VAE included. Difference: of the latents, relative. It says "
-            f"nothing of how a trained model's pictures look. torch {a['torch']}, {a['cpu']}, {a['machine']}.")
+            "nothing of how a trained model's pictures look. "
+            f"torch {a['torch']}, {a['cpu']}, {a['machine']}.")
 
 
 def run_heading(a: dict[str, Any]) -> tuple[str, str]:
     return ("## A run of train_diffusion",
             f"{a['count']} pictures, {a['steps']} steps of DDIM with guidance {a['guidance']:g}. Difference: "
             "mean of the absolute differences in grey levels, of 255; another seed is another picture. "
-            f"Legible: named right by a judge that never saw the run. torch {a['torch']}, {a['cpu']}, {a['machine']}.")
+            "Legible: named right by a judge that never saw the run. "
+            f"torch {a['torch']}, {a['cpu']}, {a['machine']}.")
 
 
 def table(what: str, rows: list[dict[str, Any]]) -> str:
