@@ -27,11 +27,11 @@ def sample(threads: int = 1) -> dict:
 
 
 def test_a_ratio_is_the_median_of_the_pairs_and_not_of_the_seconds() -> None:
-    compared = Compared(runs(1, 2, 10), runs(3, 2, 20), [1e9, 3e9, 2e9], 0.0)
+    compared = Compared(runs(1, 2, 10), runs(6, 2, 20), [1e9, 3e9, 2e9], 0.0)
     found = measure.row({"other": compared}, 4e9)
     other, = found["peers"]
-    assert found["ours"] == {"cpu": 2, "wall": 4} and (other["cpu"], other["wall"]) == (3, 6)
-    assert other["cpu_ratio"] == other["wall_ratio"] == 2               # of 3, 1 and 2
+    assert found["ours"] == {"cpu": 2, "wall": 4} and (other["cpu"], other["wall"]) == (6, 12)
+    assert other["cpu_ratio"] == other["wall_ratio"] == 2               # of 6, 1 and 2
     assert found["rate"] == 2e9 and found["share"] == pytest.approx(4 / 2 / 2)
 
 

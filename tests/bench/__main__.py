@@ -4,7 +4,8 @@
     python -m tests.bench unet1 vae --out docs/benchmarks.md
 
 Writes each row, as soon as it is measured, to a page and the .json beside it; docs/benchmarks.md says how it
-measures. A row whose answers disagree, or that fails, is not written; the others are.
+measures. A row whose answers disagree, or that fails, is not written; the others are. Linux: memory is read
+from /proc.
 """
 
 from __future__ import annotations
@@ -95,13 +96,14 @@ def run(name: str, args: argparse.Namespace, folder: Path) -> dict:
     """Measures a row: ours beside one peer after the other, so that no more than two are in memory."""
     row = ROWS[name](name, folder, False, args.steps)
     print(f"{name}: {row.title}", flush=True)
+    peers = [engine for engine in row.engines[1:] if engine.startswith(tuple(args.only or [""]))]
+    for peer in peers:
+        row.prepare(peer)
     ours, compared, held = row.build(OURS), {}, {}
-    for peer in row.engines[1:]:
-        if args.only and not peer.startswith(tuple(args.only)):
-            continue
+    for peer in peers:
         limit = measure.LOOSE if peer in row.loose else measure.EXACT
         theirs = row.build(peer)
-        compared[peer] = measure.alternate(ours, theirs, args.rounds or row.rounds, limit)
+        compared[peer] = measure.alternate(ours, theirs, args.rounds or row.rounds, limit, row.warm)
         del theirs
         torch._dynamo.reset()                           # it keeps what it compiled
         gc.collect()

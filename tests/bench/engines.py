@@ -23,6 +23,7 @@ from tests.bench.measure import Program, peak
 
 OURS, PLAIN = "ours", "ours, not optimized"
 ONNX, OPENVINO = "ONNX Runtime", "OpenVINO"
+FILES = {ONNX: "model.onnx", OPENVINO: "model.xml"}
 
 
 class Failed(Exception):
@@ -33,11 +34,13 @@ class Row:
     """What a row runs: `build(name)` makes the program of an engine.
 
     alone: in a process for one engine only, whose memory counts: it makes its own weights, of its own class.
+    warm: what it builds has already run.
     """
 
     title = ""
     rounds, steps = 5, 0
     engines: tuple[str, ...] = ()
+    warm = False
     peaks = True            # whether memory is measured in processes of their own
     flops: float | None = None
     loose: tuple[str, ...] = (ONNX, OPENVINO)   # held against 1e-4 instead of 1e-5
@@ -45,6 +48,9 @@ class Row:
     def __init__(self, name: str, folder: Path, alone: bool = False, steps: int = 0):
         self.name, self.folder, self.alone, self.steps = name, folder, alone, steps or self.steps
         torch.manual_seed(0)
+
+    def prepare(self, name: str) -> None:
+        """What an engine needs of other processes, before this one holds models."""
 
     def build(self, name: str) -> Program:
         """The program of one of `engines`."""
@@ -116,6 +122,11 @@ class Forward(Row):
         return tuple(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
                      for x in self.inputs)
 
+    def prepare(self, name: str) -> None:
+        """The files of other runtimes."""
+        if name in FILES:
+            child(self, "--export", str(self.folder / FILES[name]))
+
     def build(self, name: str) -> Program:
         """The program of one of `engines`."""
         if name == OURS:
@@ -129,7 +140,8 @@ class Forward(Row):
             return self.program(self.tuned(), self.tuned_inputs())
         if name == f"{self.library}, compiled":
             return compiled(Asked(self.tuned(), self.ask), self.tuned_inputs())
-        return {ONNX: onnx_runtime, OPENVINO: openvino}[name](self.exported(name), self.inputs)
+        run = {ONNX: onnx_runtime, OPENVINO: openvino}[name]
+        return run(self.folder / FILES[name], self.inputs)
 
     def count(self) -> float:
         """Multiplications and additions of a run, by the definitions of ours' layers, without computing."""
@@ -142,13 +154,6 @@ class Forward(Row):
     def program(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
         """A model and its inputs."""
         return lambda: self.ask(model, *inputs)
-
-    def exported(self, name: str) -> Path:
-        """The file of another runtime, written at first."""
-        file = self.folder / {ONNX: "model.onnx", OPENVINO: "model.xml"}[name]
-        if not file.exists():
-            child(self, "--export", str(file))
-        return file
 
 
 def has_compiler() -> bool:

@@ -61,10 +61,12 @@ def difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     return (off / sum(float(w.double().square().sum()) for w in wanted)) ** 0.5 if wanted else 0.0
 
 
-def alternate(ours: Program, theirs: Program, rounds: int, limit: float) -> Compared:
-    """One warm-up each, then pairs, every second one in the other order. Raises Disagree where the answers of
-    a pair differ by more than limit, relatively; answers that are not finite always do."""
-    timed(ours), timed(theirs)
+def alternate(ours: Program, theirs: Program, rounds: int, limit: float, warm: bool = False) -> Compared:
+    """One warm-up each, unless they are warm, then pairs, every second one in the other order. Raises
+    Disagree where the answers of a pair differ by more than limit, relatively; answers that are not finite
+    always do."""
+    if not warm:
+        timed(ours), timed(theirs)
     pairs, rates, worst = [], [], 0.0
     for i in range(rounds):
         rates.append(matrix_rate())
