@@ -74,7 +74,7 @@ def test_a_row_that_is_behind_stays_in_its_table() -> None:
     lines = page.table("unet1", sample())
     assert "| OpenVINO | 1.9 | 3.8 | 0.95 | 2e-06 |  |" in lines
     assert "| diffusers, compiled | 1 | 2 | 0.50 | 2e-06 |  |" in lines
-    assert lines[-1] == "2 pairs. 160 GFLOP a run: 80% of the matrix rate, 100 GFLOP/s."
+    assert lines[-1] == "Pairs: 2. 160 GFLOP a run: 80% of the matrix rate, 100 GFLOP/s."
 
 
 def test_with_more_threads_wall_time_counts() -> None:

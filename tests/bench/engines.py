@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from minidiff import optimize
 from tests.bench.measure import Program, peak
@@ -145,6 +144,8 @@ class Forward(Row):
 
     def count(self) -> float:
         """Multiplications and additions of a run, by the definitions of ours' layers, without computing."""
+        from torch.utils.flop_counter import FlopCounterMode  # takes memory: not an engine's
+
         with torch.device("meta"):
             program = self.program(self.make_ours(), tuple(x.to("meta") for x in self.inputs))
         with FlopCounterMode(display=False) as counter:

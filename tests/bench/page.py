@@ -134,7 +134,7 @@ def table(name: str, row: dict) -> list[str]:
                                         held]) + " |")
     share = (f" {row['flops'] / 1e9:,.0f} GFLOP a run: {row['share']:.0%} of the matrix rate, "
              f"{row['rate'] / 1e9:.0f} GFLOP/s." if "share" in row else "")
-    return [*lines, "", f"{row['rounds']} pairs.{share}"]
+    return [*lines, "", f"Pairs: {row['rounds']}.{share}"]
 
 
 def places(rows: dict[str, dict]) -> list[str]:
