@@ -62,6 +62,7 @@ class Asked(nn.Module):
     def __init__(self, model: nn.Module, ask: Callable[..., tuple[Tensor, ...]]):
         super().__init__()
         self.model, self.ask = model, ask
+        self.train(model.training)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return self.ask(self.model, *inputs)
