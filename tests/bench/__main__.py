@@ -15,6 +15,7 @@ import datetime
 import gc
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import sys
 import tempfile
@@ -52,6 +53,7 @@ def main() -> int:
         print(f"not installed: {', '.join(missing)} (make bench installs the extra 'bench'; onnxruntime "
               "needs Python 3.11)", file=sys.stderr)
         return 1
+    os.environ["TQDM_DISABLE"] = "1"                    # progress bars between the lines
     failed = []
     for name in args.rows or ROWS:
         try:
