@@ -3,7 +3,7 @@
 # make demo-clip   learn which herb is which, in out/herbs, and answer
 # make test     the tests, offline
 # make parity   the tests against diffusers, transformers and open_clip
-# make bench    speed and memory beside diffusers
+# make bench    speed and memory beside diffusers, transformers, OpenVINO, ONNX Runtime: docs/benchmarks.md
 # make faults   training runs killed at random, on two hosts too: is anything lost?
 # make fuzz     damaged input for every reader: does it load, or end in one line?
 # make setup    only build .venv (every verb does so when it is missing or out of date)
@@ -49,6 +49,10 @@ $(VENV)/parity.stamp: $(VENV)/test.stamp
 	$(RUN) -m pip install --quiet --editable ".[test,parity]"
 	$(RUN) -c "open('$@', 'w')"
 
+$(VENV)/bench.stamp: $(VENV)/parity.stamp
+	$(RUN) -m pip install --quiet --editable ".[test,parity,bench]"
+	$(RUN) -c "open('$@', 'w')"
+
 demo: $(VENV)/base.stamp
 	$(RUN) -m train.train_diffusion --data data/calligraphy --overwrite --out $(DEMO_OUT)
 	$(RUN) -m train.train_upscaler --run $(DEMO_OUT)
@@ -77,11 +81,9 @@ faults: $(VENV)/test.stamp
 fuzz: $(VENV)/test.stamp
 	$(RUN) -m tests.faults.fuzz
 
-bench: $(VENV)/parity.stamp
+bench: $(VENV)/bench.stamp
 	$(RUN) -m tests.bench
-	$(RUN) -m tests.bench.bench_load
 	$(RUN) -m tests.bench.training
-	$(RUN) -m tests.bench.bench_optimize
 	$(RUN) -m tests.bench.bench_tokenizer
 
 clean:

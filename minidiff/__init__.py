@@ -18,6 +18,7 @@ from minidiff.samplers import (
     LCMScheduler,
     PNDMScheduler,
 )
+from minidiff.shortcuts import deep_cache, int8, merge_tokens
 from minidiff.text_to_image import TextToImage
 from minidiff.unet import UNet2DConditionModel
 from minidiff.vae import AutoencoderKL, AutoencoderKLConfig
@@ -42,5 +43,8 @@ __all__ = [
     "TextToImage",
     "UNet2DConditionConfig",
     "UNet2DConditionModel",
+    "deep_cache",
+    "int8",
+    "merge_tokens",
     "optimize",
 ]

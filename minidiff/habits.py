@@ -179,11 +179,12 @@ class ModelHabits(WithConfig):
         "load_attn_procs save_attn_procs": "load a LoRA by the pipeline, train one by train_diffusion --lora",
         "enable_freeu disable_freeu": "it is no part of the model",
         "enable_forward_chunking disable_forward_chunking": "the feed-forward layers run whole",
-        "enable_group_offload enable_layerwise_casting enable_cache disable_cache cache_context "
-        "is_cache_enabled apply_layerwise_casting": "use the pipeline's enable_model_cpu_offload",
+        "enable_group_offload enable_layerwise_casting apply_layerwise_casting":
+            "use the pipeline's enable_model_cpu_offload",
+        "enable_cache disable_cache cache_context is_cache_enabled": "use minidiff.deep_cache(unet)",
         "enable_parallelism": "torch.distributed does it: see docs/training.md",
         "compile_repeated_blocks": "torch.compile(model)",
-        "dequantize is_quantized quantization_method": "weights are floating-point numbers here",
+        "dequantize is_quantized quantization_method": "minidiff.int8(model) rounds the weights",
         "push_to_hub register_for_auto_class": DOWNLOADS,
         "from_single_file": "StableDiffusionPipeline.from_single_file reads all parts",
         "tiled_encode tiled_decode blend_v blend_h": "enable_tiling, then encode and decode",

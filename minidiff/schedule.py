@@ -209,6 +209,14 @@ def randn(shape: torch.Size | tuple[int, ...], generator: Generators, device: to
     return torch.randn(shape, generator=generator, device=source, dtype=dtype).to(device)
 
 
+def within(interval: tuple[float, float], t: Tensor | float, T: int) -> bool:
+    """Whether a timestep lies in a part of the walk from noise (0) to picture (1). Raises ValueError."""
+    start, end = interval
+    if not 0 <= start < end <= 1:
+        raise ValueError(f"guidance_interval = {start}, {end}: they must be in order, from 0 to 1")
+    return (1 - end) * T <= float(t) <= (1 - start) * T
+
+
 def threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
     """Dynamic thresholding (Saharia 2022, section 2.3): clip to a quantile s of |x0| per picture,
     divide by s."""

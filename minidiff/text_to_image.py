@@ -27,7 +27,7 @@ from miniclip.model import CLIPTextModel
 from miniclip.tokenizer import CLIPTokenizer
 from minidiff.objective import cosine_schedule, load_scheduler, objective_of
 from minidiff.pil import to_pil
-from minidiff.schedule import Generators, Sampler, randn
+from minidiff.schedule import Generators, Sampler, randn, within
 from minidiff.unet import UNet2DConditionModel
 from minidiff.upscaler import Upscaler
 
@@ -56,6 +56,7 @@ class TextToImage(nn.Module):
     """
 
     max_batch = 64      # images, at most, that evaluation sends through the UNet together
+    guidance_interval = 0.0, 1.0    # part of the walk from noise to picture; before and after, guidance is 1
     masks = 1           # of each image, to choose from; an inpainting model has several
 
     def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer,
@@ -170,7 +171,7 @@ class TextToImage(nn.Module):
                         for p in ([""] * len(prompts), prompts))
         both = {name: torch.cat([uncond[name], cond[name]]) for name in cond}
         for t in timesteps:
-            if guidance == 1:
+            if guidance == 1 or not within(self.guidance_interval, t, len(self.scheduler)):
                 output = self.predict(x, t, cond)
             else:
                 free, guided = self.predict(torch.cat([x, x]), t, both).chunk(2)
