@@ -301,7 +301,7 @@ def test_a_run_of_before_goes_on_as_it_would_have(name: str, tmp_path: Path, tin
     settings = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
     settings |= {"out": str(tmp_path / "run"), "data": str(ROOT / settings["data"])}
     if name == "diffusion":
-        settings["jitter_amount"] = 1.0                     # a setting younger than the run
+        settings |= {"jitter_amount": 1.0, "noise_bias": 1.0}       # settings younger than the run
     script.main(script.TrainConfig(**settings, resume=True))
     found = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     # batch norm over four single pixels multiplies what another torch rounds otherwise

@@ -64,6 +64,7 @@ from .strokes import Scaling, affine_tokens, build_stroke_writer, holds_strokes,
 from .validation import validate
 
 SAMPLE_BATCH = 20       # samples on the way that go through the UNet together
+NOISE_BIAS = 3.0        # of fresh models of images (docs/experiments.md)
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,9 @@ class TrainConfig(TrainSettings):
                           choices=("diffusion", "flow"))
     caption_drop: float = flag(0.1, "share of images trained without caption, for guidance", section=MODEL,
                                at_least=0, at_most=1)
+    noise_bias: float = flag(0.0, "1 spreads the timesteps of training evenly, more sees much noise more "
+                             "often; 0: 3, but 1 with --init and for strokes", section=MODEL, at_least=0,
+                             at_most=100)
     jitter: bool = changed(TrainSettings, "jitter", help="small random rotations, shifts, scalings")
     jitter_amount: float = flag(0.5, "how far: 1 is up to 3 degrees, 3 %% of the side and 5 %% of the size",
                                 section=MODEL, at_least=0, at_most=10)
@@ -318,14 +322,14 @@ def draw(model: TextToImage, indices: Tensor, images: Tensor, data: Data, cfg: T
          ranks: Ranks, generator: torch.Generator) -> Batch:
     """All random numbers of a step: for the whole batch, in a fixed order; this process keeps its rows.
 
-    indices [b], images [b, C, S, S]. The B timesteps are spread evenly over the schedule, one in each B-th
-    part of it: less variance than B free draws.
+    indices [b], images [b, C, S, S]. The B timesteps are spread over the schedule, one in each B-th part of
+    u in 0..1, at u^(1 / noise_bias): less variance than B free draws.
     """
     B, own = cfg.batch, ranks.local_rows(cfg.batch)
     jitter = torch.rand(B, 6, generator=generator)[own] if cfg.jitter else None
     dropped = (torch.rand(B, generator=generator) < cfg.caption_drop)[own].tolist()     # Ho 2022, Algorithm 1
     even = (torch.randperm(B, generator=generator) + torch.rand(B, generator=generator)) / B
-    t = model.scheduler.timesteps_at(even)[own]
+    t = model.scheduler.timesteps_at(even ** (1 / noise_bias(cfg, data)))[own]
     noise = torch.randn(B, *model.latent_shape, generator=generator)[own]
     masks = model.draw_masks(B, generator)[own]
     if jitter is not None:
@@ -334,6 +338,12 @@ def draw(model: TextToImage, indices: Tensor, images: Tensor, data: Data, cfg: T
     x0 = model.to_x0(images)
     prompts = ["" if drop else data.captions[i] for i, drop in zip(indices.tolist(), dropped, strict=True)]
     return Batch(x0, prompts, t, noise, model.inpaint_input(indices, masks))
+
+
+def noise_bias(cfg: TrainConfig, data: Data) -> float:
+    """The setting or what 0 stands for. On a few pictures, which caption means which of them is learned last
+    and from much noise, where nothing else tells; what others trained learned evenly."""
+    return cfg.noise_bias or (1.0 if cfg.init or data.strokes is not None else NOISE_BIAS)
 
 
 def forward_backward(loss_fn: nn.Module, batch: Batch, cfg: TrainConfig, state: TrainState,
