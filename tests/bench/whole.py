@@ -15,7 +15,8 @@ from minidiff import (
     UNet2DConditionModel,
     optimize,
 )
-from minidiff.text_to_image import PRESETS, ImageFormat, build_text_to_image
+from minidiff.schedule import randn
+from minidiff.text_to_image import PRESETS, ImageFormat, build_text_to_image, image_generator
 from tests.bench.engines import OURS, PLAIN, Row, has_compiler
 from tests.bench.folder import write_folder
 from tests.bench.measure import Program
@@ -105,7 +106,8 @@ class Demo(Row):
         sampler = diffusers.DDIMScheduler.from_pretrained(self.folder / "scheduler")
         if tuned:
             unet.to(memory_format=torch.channels_last).fuse_qkv_projections()
-        noise = torch.cat([model._noise(self.seed, i) for i in range(len(CAPTIONS))])
+        own = [image_generator(self.seed, i) for i in range(len(CAPTIONS))]
+        noise = randn((len(own), *model.latent_shape), own, torch.device("cpu"), torch.float32)
 
         def draw() -> list[Tensor]:
             words = [*[""] * len(CAPTIONS), *CAPTIONS]
