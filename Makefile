@@ -59,7 +59,7 @@ demo: $(VENV)/base.stamp
 	$(RUN) -m train.gallery --run $(DEMO_OUT)
 
 demo-strokes: $(VENV)/base.stamp
-	$(RUN) -m train.train_diffusion --data data/strokes --batch 56 --overwrite --out $(STROKES_OUT)
+	$(RUN) -m train.train_diffusion --data data/strokes --steps 400 --batch 56 --overwrite --out $(STROKES_OUT)
 	$(RUN) -m train.write --run $(STROKES_OUT) --text 春滿乾坤 --hand 楷書 --seed 7 --out out/written
 	$(RUN) -m train.paint --run $(STROKES_OUT) --text 春滿乾坤 --seal 乾坤 --animate --seed 7 --out out/paintings
 

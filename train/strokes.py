@@ -300,7 +300,7 @@ def _numbers(value: Any) -> list[float] | None:
 def load_run(run: str) -> StrokeWriter:
     """The model of a run. Raises UserError for a folder without one."""
     if strokes_model_of(run) is None:
-        again = command("train_diffusion", data="data/strokes", out=run)
+        again = command("train_diffusion", data="data/strokes", steps=400, batch=56, out=run)
         raise UserError(f"--run {run}: no run on strokes; {again} trains one")
     return StrokeWriter.load(run)
 

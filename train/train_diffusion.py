@@ -77,6 +77,7 @@ class TrainConfig(TrainSettings):
     fold: int = flag(2, "pixel unshuffle: each f x f square of pixels becomes channels", section=DATA,
                      at_least=1, at_most=64)
     preset: str = changed(TrainSettings, "preset", default="small", choices=tuple(PRESETS))
+    steps: int = changed(TrainSettings, "steps", default=200)
     ema: float = changed(TrainSettings, "ema", default=0.98)
     objective: str = flag("diffusion", "what a model learns: diffusion (v; sampled by DDIM) or flow "
                           "(eps - x0 on straight paths; by Euler)", section=MODEL,
@@ -90,7 +91,7 @@ class TrainConfig(TrainSettings):
     jitter_amount: float = flag(0.5, "how far: 1 is up to 3 degrees, 3 %% of the side and 5 %% of the size",
                                 section=MODEL, at_least=0, at_most=10)
     flip: bool = changed(TrainSettings, "flip", help="mirror half of the images; never for writing")
-    samples: int = flag(3, "how many times on the way to write a grid of samples and validate",
+    samples: int = flag(2, "how many times on the way to write a grid of samples and validate",
                         section=EVALUATION, at_least=0, at_most=1000, may_change=True)
     sample_steps: int = flag(12, "denoising steps for those samples", section=EVALUATION, at_least=1,
                              at_most=1000, may_change=True)
