@@ -4,7 +4,7 @@
 # make test     the tests, offline
 # make parity   the tests against diffusers, transformers and open_clip
 # make parity-export   exported graphs beside PyTorch, in onnxruntime, openvino and a browser (Python 3.11 or later)
-# make bench    speed and memory beside diffusers
+# make bench    speed and memory beside diffusers, transformers, OpenVINO, ONNX Runtime: docs/benchmarks.md
 # make faults   training runs killed at random, on two hosts too: is anything lost?
 # make fuzz     damaged input for every reader: does it load, or end in one line?
 # make setup    only build .venv (every verb does so when it is missing or out of date)
@@ -50,13 +50,17 @@ $(VENV)/parity.stamp: $(VENV)/test.stamp
 	$(RUN) -m pip install --quiet --editable ".[test,parity]"
 	$(RUN) -c "open('$@', 'w')"
 
+$(VENV)/bench.stamp: $(VENV)/parity.stamp
+	$(RUN) -m pip install --quiet --editable ".[test,parity,bench]"
+	$(RUN) -c "open('$@', 'w')"
+
 demo: $(VENV)/base.stamp
 	$(RUN) -m train.train_diffusion --data data/calligraphy --overwrite --out $(DEMO_OUT)
 	$(RUN) -m train.train_upscaler --run $(DEMO_OUT)
 	$(RUN) -m train.gallery --run $(DEMO_OUT)
 
 demo-strokes: $(VENV)/base.stamp
-	$(RUN) -m train.train_diffusion --data data/strokes --batch 56 --overwrite --out $(STROKES_OUT)
+	$(RUN) -m train.train_diffusion --data data/strokes --steps 400 --batch 56 --overwrite --out $(STROKES_OUT)
 	$(RUN) -m train.write --run $(STROKES_OUT) --text 春滿乾坤 --hand 楷書 --seed 7 --out out/written
 	$(RUN) -m train.paint --run $(STROKES_OUT) --text 春滿乾坤 --seal 乾坤 --animate --seed 7 --out out/paintings
 
@@ -86,11 +90,9 @@ faults: $(VENV)/test.stamp
 fuzz: $(VENV)/test.stamp
 	$(RUN) -m tests.faults.fuzz
 
-bench: $(VENV)/parity.stamp
+bench: $(VENV)/bench.stamp
 	$(RUN) -m tests.bench
-	$(RUN) -m tests.bench.bench_load
 	$(RUN) -m tests.bench.training
-	$(RUN) -m tests.bench.bench_optimize
 	$(RUN) -m tests.bench.bench_tokenizer
 
 clean:

@@ -32,8 +32,8 @@ from miniclip.graphs import (
     new_folder,
     outputs_of,
     save_golden,
-    to_int8,
     token_rules,
+    with_int8,
     write_beside,
     write_graphs,
 )
@@ -118,7 +118,7 @@ def export(m: ImageTextModel, format: str, folder: Path, say: Progress) -> None:
     exact, report = m, {}
     if format == "int8":
         m = copy.deepcopy(m)
-        m.model, kept = to_int8(m.model)
+        m.model, kept = with_int8(m.model)
     graphs = graphs_of(m)
     vectors = golden_vectors(m, graphs)
     if format == "int8":

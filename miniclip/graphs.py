@@ -1,9 +1,9 @@
 """Graphs that run without Python: one module traced once, written for torch, for ONNX, or with int8 weights.
 
-Read after weights.py; miniclip/export.py and minidiff/export.py decide what is traced.
-Papers: Jacob 2018, section 2.1 (a scale for each output channel). Mirrors: nothing upstream.
+Read after weights.py and int8.py; miniclip/export.py and minidiff/export.py decide what is traced.
+Mirrors: nothing upstream.
 Every graph is traced at a batch of 2, never 1, which a tracer would take for a constant.
-Shapes: those of the traced modules; O output channels of a layer.
+Shapes: those of the traced modules.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from miniclip.files import atomic_write
+from miniclip.int8 import INT8, to_int8
 from miniclip.weights import write_bytes
 
 FORMATS = ("onnx", "int8", "pt2")
@@ -159,29 +159,14 @@ def number_bytes(module: nn.Module) -> int:
 # ---------------------------------------------------------------------------------------------- int8 weights
 
 
-class Int8(nn.Module):
-    """A weight as int8 [O, ...] and a float32 scale for each of its O rows: weight = number * scale."""
-
-    def forward(self, numbers: Tensor, scale: Tensor) -> Tensor:
-        """[O, ...] int8, [O, 1 ...] -> [O, ...] float32."""
-        return numbers.to(scale.dtype) * scale
-
-    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest numbers; a row's largest becomes 127."""
-        largest = weight.detach().flatten(1).abs().amax(1).clamp(min=1e-12)
-        scale = (largest / 127).view(-1, *[1] * (weight.ndim - 1))
-        return (weight.detach() / scale).round().clamp(-127, 127).to(torch.int8), scale
-
-
-def to_int8(module: nn.Module) -> tuple[nn.Module, dict[str, str]]:
+def with_int8(module: nn.Module) -> tuple[nn.Module, dict[str, str]]:
     """A copy whose layers hold int8 weights, and why each other parameter stayed float: name -> reason."""
     module = copy.deepcopy(module).requires_grad_(False)
     kept = {name: why_float(p) for name, p in module.named_parameters()}
     for name, layer in list(module.named_modules()):
-        whole = isinstance(layer, (nn.Linear, nn.Conv2d, nn.Embedding))
-        if whole and why_float(layer.weight) == "no layer's weight":
+        if type(layer) in INT8 and why_float(layer.weight) == "no layer's weight":
             kept.pop(f"{name}.weight", None)
-            parametrize.register_parametrization(layer, "weight", Int8(), unsafe=True)
+            to_int8(layer, INT8[type(layer)])
     return module, kept
 
 

@@ -14,9 +14,11 @@ from minidiff.samplers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
 )
+from minidiff.shortcuts import deep_cache, int8, merge_tokens
 from minidiff.text_to_image import TextToImage
 from minidiff.unet import UNet2DConditionModel
 from minidiff.vae import AutoencoderKL, AutoencoderKLConfig
@@ -29,6 +31,7 @@ __all__ = [
     "DPMSolverMultistepScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
     "LCMScheduler",
     "PNDMScheduler",
     "StableDiffusionImg2ImgPipeline",
@@ -40,5 +43,8 @@ __all__ = [
     "TextToImage",
     "UNet2DConditionConfig",
     "UNet2DConditionModel",
+    "deep_cache",
+    "int8",
+    "merge_tokens",
     "optimize",
 ]

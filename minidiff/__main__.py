@@ -17,8 +17,10 @@ import torch
 
 from miniclip.command import run
 from miniclip.picture import open_picture
+from minidiff.optimize import optimize
 from minidiff.pipeline import StableDiffusionPipeline
 from minidiff.pipeline_folder import SCHEDULERS
+from minidiff.shortcuts import deep_cache, int8, merge_tokens
 from minidiff.text_to_image import TextToImage, model_of
 
 RUN_GUIDANCE = 1.5      # of a run of train_diffusion, as train.sample has it
@@ -63,6 +65,23 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="1 = the prompt alone, 0 = no prompt at all (default: 7.5, for SDXL 5, for a run 1.5)")
     add("--seed", type=int, default=0, metavar="N",
         help="picture i has the seed N + i (default: %(default)s)")
+    add = parser.add_argument_group("sooner, or from less memory", "docs/shortcuts.md: what was measured"
+                                    ).add_argument
+    add("--optimize", choices=["full", "less", "no"], default="full",
+        help="on a CPU in float32: the same picture sooner, from copies of the weights. The UNet of SD 1.5 "
+             "takes 4.4 GB more with full, 3 GB with less, which gains less (default: %(default)s)")
+    add("--guidance-interval", type=float, nargs=2, metavar=("FROM", "TO"), default=(0.0, 1.0),
+        help="guidance on this part of the walk only, e.g. 0.2 0.8; other steps take half the time and "
+             "follow the prompt less closely")
+    add("--deep-cache", type=int, default=1, metavar="N",
+        help="the UNet's deep levels on one step of N only: several times sooner, coarse shapes less exact "
+             "(default: 1, exact)")
+    add("--merge-tokens", type=float, default=0.0, metavar="RATIO",
+        help="so many, 0 to 0.75, of the tokens of the largest self-attention merged with others like them: "
+             "less detail in even regions (default: 0, exact)")
+    add("--int8", action="store_true",
+        help="the UNet's weights as int8: a quarter of the memory, once loaded, but slower: --optimize "
+             "leaves them alone")
     add = parser.add_argument_group("how many, and where").add_argument
     add("--count", type=int, default=1, metavar="N", help="pictures to draw (default: %(default)s)")
     add("--batch", type=int, default=1, metavar="N", help="pictures at a time (default: %(default)s)")
@@ -94,7 +113,21 @@ def load(a: argparse.Namespace) -> StableDiffusionPipeline:
     if a.sampler is not None:
         usual = {"skip_prk_steps": True} if a.sampler == "pndm" else {}     # as Stable Diffusion runs it
         pipe.scheduler = SCHEDULERS[SAMPLERS[a.sampler]].from_config(pipe.scheduler.config, **usual)
+    take_shortcuts(pipe, a)
+    if a.optimize != "no":
+        pipe.optimize(winograd=a.optimize == "full")
     return pipe.to(a.device)
+
+
+def take_shortcuts(model: StableDiffusionPipeline | TextToImage, a: argparse.Namespace) -> None:
+    """Those asked for. Raises ValueError for numbers out of range."""
+    model.guidance_interval = tuple(a.guidance_interval)
+    if a.deep_cache != 1:
+        deep_cache(model.unet, a.deep_cache)
+    if a.merge_tokens != 0:
+        merge_tokens(model.unet, a.merge_tokens)
+    if a.int8:
+        int8(model.unet)
 
 
 def read_picture(path: str | None):
@@ -130,6 +163,9 @@ def draw_run(a: argparse.Namespace) -> Iterator[list[Any]]:
         if getattr(a, name) is not None:
             raise ValueError(f"--{name}: not with {a.model}, which is a run of train_diffusion")
     model = TextToImage.load(a.model).to(a.device)
+    take_shortcuts(model, a)
+    if a.optimize != "no":
+        optimize(model, winograd=a.optimize == "full")
     prompts = model.completed(model.spaced(a.prompt), a.count, a.seed)
     guidance = RUN_GUIDANCE if a.guidance is None else a.guidance
     yield model.draw(prompts, seed=a.seed, steps=a.steps, guidance=guidance, batch=a.batch)

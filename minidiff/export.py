@@ -12,6 +12,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,13 +32,15 @@ from miniclip.graphs import (
     new_folder,
     outputs_of,
     save_golden,
-    to_int8,
     token_rules,
+    with_int8,
     write_beside,
     write_graphs,
 )
+from minidiff.objective import Walk, objective_of
 from minidiff.pipeline import StableDiffusionPipeline
-from minidiff.samplers import DDIMScheduler
+from minidiff.samplers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from minidiff.schedule import Sampler
 from minidiff.text_to_image import TextToImage, model_of
 from minidiff.unet import UNet2DConditionModel
 
@@ -50,15 +53,16 @@ UNET_AXES = {"x": {0: "batch", 2: "height", 3: "width"}, "t": {0: "batch"}, "tex
 
 
 class Plan(NamedTuple):
-    """A pipeline as it will be written. rules: of pipeline.json; draw(prompt, noise, steps, guidance) is
-    PyTorch's picture [1, C, H, W] in -1..1."""
+    """A pipeline as it will be written. rules: of pipeline.json. walk(steps, generator) and draw(prompt,
+    noise, generator, steps, guidance), which returns [1, C, H, W] in -1..1, are PyTorch's; their generator
+    draws what LCM adds between the steps."""
 
     graphs: dict[str, Graph]
     tokenizers: list[Any]
     rules: dict[str, Any]
     prompt: str
-    sampler: DDIMScheduler
-    draw: Callable[[str, Tensor, int, float], Tensor]
+    walk: Callable[[int, torch.Generator], Walk]
+    draw: Callable[[str, Tensor, torch.Generator, int, float], Tensor]
 
 
 # ---------------------------------------------------------------------------------------------------- graphs
@@ -93,10 +97,11 @@ def text_graph(tokenizers: list[Any], encoders: list[nn.Module]) -> Graph:
     return Graph(Part(nn.ModuleList(encoders), texts_of), ids, axes, ["text", "pooled"], most)
 
 
-def unet_graph(unet: UNet2DConditionModel, tokens: int, latents: tuple[int, int, int], fixed: bool) -> Graph:
+def unet_graph(unet: UNet2DConditionModel, tokens: int, latents: tuple[int, int, int], fixed: bool,
+               times: torch.dtype = torch.int64) -> Graph:
     """x [B, L, h, w], t [B], text [B, S, D] -> the prediction [B, L, h, w]."""
     c = unet.config
-    inputs = {"x": torch.randn(2, *latents), "t": torch.tensor([999, 1]),
+    inputs = {"x": torch.randn(2, *latents), "t": torch.tensor([999, 1], dtype=times),
               "text": torch.randn(2, tokens, c.encoder_hid_dim or c.per_level("cross_attention_dim")[0])}
     if c.addition_embed_type == "text_time":
         pooled = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
@@ -127,23 +132,26 @@ def plan_run(model: TextToImage, size: tuple[int, int] | None) -> Plan:
     height, width = fitting(size, model.drawn_size // (1 if model.upscaler is None else 2), f)
     if model.upscaler is not None and (height % 2 or width % 2):
         raise ValueError(f"--size {height}x{width}: the upscaler takes even sizes")
-    tokens = model.tokenizer.model_max_length
+    tokens, objective = model.tokenizer.model_max_length, objective_of(model.scheduler)
+    flows = isinstance(model.scheduler, FlowMatchEulerDiscreteScheduler)
     graphs = {"text_encoder": text_graph([model.tokenizer], [model.text_encoder]),
-              "unet": unet_graph(model.unet, tokens, (channels, height // f, width // f), size is not None)}
+              "unet": unet_graph(model.unet, tokens, (channels, height // f, width // f), size is not None,
+                                 torch.float32 if flows else torch.int64)}
     if model.upscaler is not None:
         part = Part(model.upscaler, lambda upscaler, x: upscaler(x))
         graphs["upscaler"] = picture_graph(part, model.format.channels, height, width, size is not None,
                                            ["picture"], multiple=2)
-    sampler = DDIMScheduler.from_config(model.scheduler.config)
     rules = {"size": [height, width], "latent": {"channels": channels, "factor": f, "fold": f},
-             "schedule": schedule_rules(sampler, eps_from_x0=True),
-             "guidance": {"no_prompt": "text"}, "defaults": {"steps": 30, "guidance": 1.5},
+             "schedule": schedule_rules(model.scheduler, eps_from_x0=True),
+             "guidance": {"no_prompt": "text", "free": objective.guided},
+             "defaults": dict(zip(("steps", "guidance"), (30, 1.5) if objective.guided else (4, 1.0))),
              "captions": model.captions}
 
-    def draw(prompt: str, noise: Tensor, steps: int, guidance: float) -> Tensor:
-        return model.denoise(noise, [prompt], steps, guidance)
+    def draw(prompt: str, noise: Tensor, generator: torch.Generator, steps: int, guidance: float) -> Tensor:
+        return model.denoise(noise, [prompt], steps, guidance, generator)
 
-    return Plan(graphs, [model.tokenizer], rules, model.captions[0], sampler, draw)
+    walk = partial(objective.walk, model.scheduler)
+    return Plan(graphs, [model.tokenizer], rules, model.captions[0], walk, draw)
 
 
 def plan_pipeline(pipe: StableDiffusionPipeline, size: tuple[int, int] | None) -> Plan:
@@ -166,25 +174,27 @@ def plan_pipeline(pipe: StableDiffusionPipeline, size: tuple[int, int] | None) -
         "vae_encoder": picture_graph(Part(pipe.vae, encoded), vae.in_channels, height, width, fixed,
                                      ["latent_mean", "latent_deviation"], pipe.factor, 2 * pipe.factor)}
     sampler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-    if sampler.config.thresholding:
-        raise ValueError("--model: thresholding in the scheduler's config is not exported")
     mean, std = (torch.as_tensor(v).flatten().tolist() for v in pipe.latent_statistics(torch.zeros(1)))
     zeros = pipe.is_xl and pipe.force_zeros_for_empty_prompt
     rules = {"size": [height, width],
              "latent": {"channels": L, "factor": pipe.factor, "scaling": vae.scaling_factor, "mean": mean,
                         "std": std},
              "schedule": schedule_rules(sampler, eps_from_x0=False),
-             "guidance": {"no_prompt": "zeros" if zeros else "text"},
+             "guidance": {"no_prompt": "zeros" if zeros else "text", "free": True},
              "defaults": {"steps": 30, "guidance": 5.0 if pipe.is_xl else 7.5}, "captions": []}
 
-    def draw(prompt: str, noise: Tensor, steps: int, guidance: float) -> Tensor:
+    def walk(steps: int, generator: torch.Generator) -> Walk:
+        sampler.set_timesteps(steps)
+        return sampler.timesteps, sampler.step
+
+    def draw(prompt: str, noise: Tensor, generator: torch.Generator, steps: int, guidance: float) -> Tensor:
         pipe.scheduler = sampler
         H, W = noise.shape[2] * pipe.factor, noise.shape[3] * pipe.factor
         z = pipe(prompt, height=H, width=W, num_inference_steps=steps, guidance_scale=guidance,
                  latents=noise, output_type="latent", progress=False).images
         return pipe.decode_latents(z).clamp(-1, 1)
 
-    return Plan(graphs, tokenizers, rules, "a lake among mountains", sampler, draw)
+    return Plan(graphs, tokenizers, rules, "a lake among mountains", walk, draw)
 
 
 def encoded(vae: nn.Module, pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,45 +211,73 @@ def fitting(size: tuple[int, int] | None, usual: int, factor: int) -> tuple[int,
     return height, width
 
 
-def schedule_rules(sampler: DDIMScheduler, eps_from_x0: bool) -> dict[str, Any]:
-    """What DDIM needs: the table and how it is walked."""
-    c = sampler.config
-    return {"sampler": "ddim", "alphas_cumprod": sampler.alphas_cumprod.tolist(),
-            "final_alpha_cumprod": sampler.final_alpha_cumprod.item(), "spacing": c.timestep_spacing,
-            "offset": c.steps_offset, "prediction_type": c.prediction_type,
-            "clip": c.clip_sample_range if c.clip_sample else None, "eps_from_x0": eps_from_x0}
+def schedule_rules(scheduler: Sampler, eps_from_x0: bool) -> dict[str, Any]:
+    """What flow's Euler, LCM and, for all others, DDIM need: the table and how it is walked."""
+    c = scheduler.config
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        if c != type(c)(num_train_timesteps=len(scheduler), shift=c.shift):
+            raise ValueError("--model: a flow whose scheduler's config has more than its own "
+                             "num_train_timesteps and shift is not exported")
+        return {"sampler": "euler", "T": len(scheduler), "shift": c.shift, "most_steps": len(scheduler)}
+    if c.thresholding:
+        raise ValueError("--model: thresholding in the scheduler's config is not exported")
+    rules = {"alphas_cumprod": scheduler.alphas_cumprod.tolist(), "prediction_type": c.prediction_type,
+             "clip": c.clip_sample_range if c.clip_sample else None}
+    if isinstance(scheduler, LCMScheduler):
+        return {"sampler": "lcm", **rules, "final_alpha_cumprod": 1.0, "known": c.original_inference_steps,
+                "timestep_scaling": c.timestep_scaling, "most_steps": c.original_inference_steps}
+    sampler = DDIMScheduler.from_config(c)
+    return {"sampler": "ddim", **rules, "final_alpha_cumprod": sampler.final_alpha_cumprod.item(),
+            "spacing": sampler.config.timestep_spacing, "offset": sampler.config.steps_offset,
+            "eps_from_x0": eps_from_x0, "most_steps": len(sampler)}
 
 
 # -------------------------------------------------------------------------------------------- golden vectors
 
 
+def golden_noise(rules: dict[str, Any], count: int) -> tuple[Tensor, torch.Generator]:
+    """[count, 1, L, h, w], and the generator that draws what follows."""
+    f, g = rules["latent"]["factor"], torch.Generator().manual_seed(0)
+    shape = 1, rules["latent"]["channels"], *(n // f for n in rules["size"])
+    return torch.stack([torch.randn(shape, generator=g) for _ in range(count)]), g
+
+
+def golden_picture(plan: Plan) -> Tensor:
+    """What PyTorch draws from the golden prompt and noise, [1, C, H, W] in -1..1."""
+    (noise,), g = golden_noise(plan.rules, 1)
+    return plan.draw(plan.prompt, noise, g, golden_steps(plan), plan.rules["defaults"]["guidance"])
+
+
+def golden_steps(plan: Plan) -> int:
+    """Few, so that it takes little time."""
+    return min(GOLDEN_STEPS, plan.rules["schedule"]["most_steps"])
+
+
 @torch.no_grad()
 def golden_vectors(plan: Plan) -> dict[str, Tensor]:
     """Inputs and outputs of every stage, by the names under which runner.py looks for them."""
-    g = torch.Generator().manual_seed(0)
     r, guidance = plan.rules, plan.rules["defaults"]["guidance"]
-    f = r["latent"]["factor"]
-    noise = torch.randn(1, r["latent"]["channels"], *(n // f for n in r["size"]), generator=g)
+    noises = golden_noise(r, golden_steps(plan) if r["schedule"]["sampler"] == "lcm" else 1)[0]
+    (noise,), g = golden_noise(r, 1)
     ids = [t(["", plan.prompt], padding="max_length", truncation=True, return_tensors="pt").input_ids
            for t in plan.tokenizers]
-    plan.sampler.set_timesteps(GOLDEN_STEPS)
-    t = plan.sampler.timesteps[0]
+    (t, *_), step = plan.walk(golden_steps(plan), g)
     texts = outputs_of(plan.graphs["text_encoder"], ids)
     sizes = [torch.tensor([[*r["size"], 0, 0, *r["size"]]] * 2).float()] if len(texts) > 1 else []
     inputs = {"text_encoder": ids, "unet": [torch.cat([noise, noise]), t.repeat(2), *texts, *sizes],
               "vae_decoder": [noise]}
-    vectors = {f"tokens_{i}": rows for i, rows in enumerate(ids)} | {"noise": noise}
+    vectors = {f"tokens_{i}": rows for i, rows in enumerate(ids)} | {"noise": noises}
     for name, graph in plan.graphs.items():
         shape = (1, *graph.inputs["x"].shape[1:]) if "x" in graph.inputs else ()
-        given = inputs.get(name) or [torch.rand(shape, generator=g) * 2 - 1]
+        seeded = torch.Generator().manual_seed(1)
+        given = inputs.get(name) or [torch.rand(shape, generator=seeded) * 2 - 1]
         found = outputs_of(graph, given)
         vectors |= {f"{name}.{key}": v for key, v in zip(graph.inputs, given, strict=True)}
         vectors |= {f"{name}.{key}": v for key, v in zip(graph.outputs, found, strict=True)}
     free, guided = vectors["unet.prediction"].chunk(2)
     vectors["guided"] = free + guidance * (guided - free)
-    vectors["step"] = plan.sampler.step(vectors["guided"], t, noise,
-                                        use_clipped_model_output=r["schedule"]["eps_from_x0"]).prev_sample
-    return {**vectors, "picture": plan.draw(plan.prompt, noise, GOLDEN_STEPS, guidance)}
+    vectors["step"] = step(vectors["guided"], t, noise).prev_sample
+    return {**vectors, "picture": golden_picture(plan)}
 
 
 # --------------------------------------------------------------------------------------------------- command
@@ -268,7 +306,7 @@ def in_int8(model: Any) -> dict[str, dict[str, str]]:
     kept = {}
     for name in MODULES:
         if isinstance(part := getattr(model, name, None), nn.Module):
-            converted, kept[name] = to_int8(part)
+            converted, kept[name] = with_int8(part)
             setattr(model, name, converted)
     return kept
 
@@ -282,8 +320,7 @@ def export(model: Any, format: str, size: tuple[int, int] | None, folder: Path, 
         exact, plan = plan, plan_of(small, size)
     vectors = golden_vectors(plan)
     if format == "int8":
-        guidance = plan.rules["defaults"]["guidance"]
-        grey = (exact.draw(plan.prompt, vectors["noise"], GOLDEN_STEPS, guidance) - vectors["picture"]).abs()
+        grey = (golden_picture(exact) - vectors["picture"]).abs()
         report = {"int8": {**int8_report(exact.graphs, plan.graphs, vectors, kept),
                            "picture_grey_levels": {"mean": grey.mean().item() * 127.5,
                                                    "most": grey.max().item() * 127.5}}}
@@ -291,7 +328,7 @@ def export(model: Any, format: str, size: tuple[int, int] | None, folder: Path, 
     graphs = write_graphs(plan.graphs, format, folder, vectors, say)
     tokenizers = [token_rules(t, folder / f"tokenizer{'_2' * i}", fill=True)
                   for i, t in enumerate(plan.tokenizers)]
-    golden = {"prompt": plan.prompt, "steps": GOLDEN_STEPS, "tolerance": TOLERANCE,
+    golden = {"prompt": plan.prompt, "steps": golden_steps(plan), "tolerance": TOLERANCE,
               "guidance": plan.rules["defaults"]["guidance"]}
     write_json(folder / "pipeline.json", {
         "kind": "text to image", "format": format, **({} if format == "pt2" else {"opset": OPSET}),

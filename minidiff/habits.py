@@ -51,6 +51,7 @@ SCHEDULER_SAVING_REFUSED = SAVING_REFUSED | table({
 })
 SET_TIMESTEPS_REFUSED = {"mu": "it sets flow_shift by the picture's size: give flow_shift in the config"}
 
+# All schedulers of diffusion models begin with the same five
 BY_PLACE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 
 DDPM_LEFT_OUT = {"one": "write torch.tensor(1.0)"}
@@ -65,15 +66,15 @@ DPM_LEFT_OUT = table({
 LCM_LEFT_OUT = {"final_alpha_cumprod": "the last step goes to the prediction itself, so nothing reads it"}
 
 
-def by_name(where: str, values: Sequence[Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+def by_name(where: str, values: Sequence[Any], fields: Mapping[str, Any],
+            names: Sequence[str]) -> dict[str, Any]:
     """`fields` and, with their names, the arguments given by place; None means not given.
 
-    All of diffusers' schedulers begin with the same five. Raises TypeError for a sixth, or for one that is
-    given twice.
+    Raises TypeError for more arguments than names, or for one that is given twice.
     """
-    if len(values) > len(BY_PLACE):
-        raise TypeError(f"{where} takes {', '.join(BY_PLACE)} by place, all other fields by name")
-    named = {name: value for name, value in zip(BY_PLACE, values) if value is not None}
+    if len(values) > len(names):
+        raise TypeError(f"{where} takes {', '.join(names)} by place, all other fields by name")
+    named = {name: value for name, value in zip(names, values) if value is not None}
     return dict(**named, **fields)
 
 
@@ -90,6 +91,7 @@ class SchedulerHabits(WithConfig):
 
     config_name = "scheduler_config.json"
     has_compatibles = True
+    by_place = BY_PLACE                         # the fields that the constructor takes by place
     left_out: ClassVar = table({
         "push_to_hub": SAVING_REFUSED["push_to_hub"],
         "register_for_auto_class": "code from a folder is never run",
@@ -99,10 +101,11 @@ class SchedulerHabits(WithConfig):
 
     @property
     def compatibles(self) -> list[type]:
-        """The samplers that take this one's config: all seven."""
+        """The samplers that draw with the same models: all seven of diffusion, or the one of flow."""
         from minidiff import samplers  # which import this module
 
-        return [getattr(samplers, name) for name in samplers.__all__ if name.endswith("Scheduler")]
+        every = [getattr(samplers, name) for name in samplers.__all__ if name.endswith("Scheduler")]
+        return [kind for kind in every if kind.by_place == self.by_place]
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *, subfolder: str | None = None,
@@ -176,11 +179,12 @@ class ModelHabits(WithConfig):
         "load_attn_procs save_attn_procs": "load a LoRA by the pipeline, train one by train_diffusion --lora",
         "enable_freeu disable_freeu": "it is no part of the model",
         "enable_forward_chunking disable_forward_chunking": "the feed-forward layers run whole",
-        "enable_group_offload enable_layerwise_casting enable_cache disable_cache cache_context "
-        "is_cache_enabled apply_layerwise_casting": "use the pipeline's enable_model_cpu_offload",
+        "enable_group_offload enable_layerwise_casting apply_layerwise_casting":
+            "use the pipeline's enable_model_cpu_offload",
+        "enable_cache disable_cache cache_context is_cache_enabled": "use minidiff.deep_cache(unet)",
         "enable_parallelism": "torch.distributed does it: see docs/training.md",
         "compile_repeated_blocks": "torch.compile(model)",
-        "dequantize is_quantized quantization_method": "weights are floating-point numbers here",
+        "dequantize is_quantized quantization_method": "minidiff.int8(model) rounds the weights",
         "push_to_hub register_for_auto_class": DOWNLOADS,
         "from_single_file": "StableDiffusionPipeline.from_single_file reads all parts",
         "tiled_encode tiled_decode blend_v blend_h": "enable_tiling, then encode and decode",

@@ -95,6 +95,8 @@ def take_pair(tensors: dict[str, Tensor], name: str, linear: nn.Linear | None, r
     pair = [tensors.pop(f"{name}.lora_{side}.weight", None) for side in "AB"]
     if linear is None or any(part is None or part.ndim != 2 for part in pair):
         raise WeightsError(f"{source}: {shown(name)} is not LoRA's A and B of a linear layer of this model")
+    if not isinstance(linear.weight, nn.Parameter):
+        raise WeightsError(f"{source}: {shown(name)} has weights of int8; load and fuse LoRA before that")
     weight, (A, B) = linear.weight, (part.to(linear.weight) for part in pair)
     if (B.shape[0], A.shape[1]) != tuple(weight.shape) or A.shape[0] != B.shape[1]:
         raise WeightsError(f"{source}: {shown(name)} is {list(B.shape)} times {list(A.shape)}, the layer "

@@ -224,7 +224,8 @@ class Text:
         """A tensor that stays the same object as long as x has the same values, whatever object x is and
         whoever wrote into it."""
         known = self.known
-        if known is None or known.shape != x.shape or not torch.equal(known, x):
+        if (known is None or (known.shape, known.dtype, known.device) != (x.shape, x.dtype, x.device)
+                or not torch.equal(known, x)):
             known = self.known = x.detach().clone()
         return known
 

@@ -25,8 +25,10 @@ from minidiff.vae import AutoencoderKL
 if TYPE_CHECKING:
     from minidiff.pipeline import StableDiffusionPipeline
 
+# Those of diffusion models: no Stable Diffusion pipeline of upstream takes the one of flow
 SCHEDULERS: dict[str, type[Scheduler]] = {
-    name: getattr(samplers, name) for name in samplers.__all__ if name.endswith("Scheduler")
+    name: kind for name, kind in vars(samplers).items()
+    if name.endswith("Scheduler") and issubclass(kind, Scheduler)
 }
 # The parts of a folder, and the classes that each may be; a part that is not here is left aside
 PARTS: dict[str, dict[str, Any]] = {

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from miniclip.habits import LeftOut, Table, table
+from minidiff.optimize import optimize
 
 # Parts of diffusers' pipelines that are never here: they may be given as None
 NEVER_HERE = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker",
@@ -108,7 +109,18 @@ class PipelineHabits(LeftOut):
         """That of the UNet."""
         return self.unet.dtype
 
-    # ---- memory
+    # ---- time and memory
+
+    def optimize(self, winograd: bool = True) -> Any:
+        """Makes all models faster for inference on a CPU in float32, in place, as `minidiff.optimize`; on any
+        other device nothing changes.
+
+        LoRA files may be loaded before and after; once one was fused or unloaded, call it again: those layers
+        are new. Memory: copies of the weights, from the first picture on; winograd: False needs fewer.
+        """
+        for model in self.models():
+            optimize(model, winograd)
+        return self
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None,
                                  device: torch.device | str | None = None) -> None:

@@ -33,19 +33,19 @@ Generators = torch.Generator | list[torch.Generator] | None
 # Fields of some sampler of the family. A sampler that does not have one carries it along unread, so that
 # `EulerDiscreteScheduler.from_config(pndm.config)` works as upstream; any other unknown field is an error.
 FAMILY_FIELDS = frozenset("""
-    algorithm_type beta_end beta_schedule beta_start clip_sample clip_sample_range dynamic_shifting
-    dynamic_thresholding_ratio euler_at_final final_sigmas_type flow_shift interpolation_type
-    lambda_min_clipped lower_order_final num_train_timesteps original_inference_steps prediction_type
-    rescale_betas_zero_snr sample_max_value set_alpha_to_one sigma_max sigma_min skip_prk_steps solver_order
-    solver_type steps_offset thresholding time_shift_type timestep_scaling timestep_spacing timestep_type
-    trained_betas use_beta_sigmas use_dynamic_shifting use_exponential_sigmas use_flow_sigmas
-    use_karras_sigmas use_lu_lambdas
-    variance_type""".split())
+    algorithm_type base_image_seq_len base_shift beta_end beta_schedule beta_start clip_sample
+    clip_sample_range dynamic_shifting dynamic_thresholding_ratio euler_at_final final_sigmas_type flow_shift
+    interpolation_type invert_sigmas lambda_min_clipped lower_order_final max_image_seq_len max_shift
+    num_train_timesteps original_inference_steps prediction_type rescale_betas_zero_snr sample_max_value
+    set_alpha_to_one shift shift_terminal sigma_max sigma_min skip_prk_steps solver_order solver_type
+    steps_offset stochastic_sampling thresholding time_shift_type timestep_scaling timestep_spacing
+    timestep_type trained_betas use_beta_sigmas use_dynamic_shifting use_exponential_sigmas use_flow_sigmas
+    use_karras_sigmas use_lu_lambdas variance_type""".split())
 
 
 @dataclass(frozen=True)
-class ScheduleConfig(Config):
-    """Fields common to all samplers.
+class SamplerConfig(Config):
+    """The field common to all samplers, and how configs travel between them.
 
     Which of them were given and which are defaults stays apart, because only what was given travels into
     another sampler. As in upstream's config, the entry `_use_default_values` lists the defaults, and fields
@@ -53,14 +53,9 @@ class ScheduleConfig(Config):
     """
 
     num_train_timesteps: Steps = 1000
-    beta_start: Fraction = 0.0001
-    beta_end: Fraction = 0.02
-    beta_schedule: str = "linear"
-    trained_betas: Annotated[tuple[Fraction, ...], Range(1, 100_000)] | None = None
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str = "scheduler") -> ScheduleConfig:
+    def from_dict(cls, values: dict[str, Any], source: str = "scheduler") -> SamplerConfig:
         """Strict as Config.from_dict, but fields of other samplers pass, unread, and stay entries."""
         defaults = values.get("_use_default_values", ())
         given = {k: plain(v) for k, v in values.items() if not k.startswith("_") and k not in defaults}
@@ -88,7 +83,7 @@ class ScheduleConfig(Config):
         defaults = self.get("_use_default_values", ())
         return {k: v for k, v in self.items() if not k.startswith("_") and k not in defaults}
 
-    def changed(self, **entries: Any) -> ScheduleConfig:
+    def changed(self, **entries: Any) -> SamplerConfig:
         """A copy with other values, in which defaults are still defaults."""
         copy = super().changed(**entries)
         defaults = [name for name in self.get("_use_default_values", ()) if name in entries]
@@ -98,6 +93,17 @@ class ScheduleConfig(Config):
     def to_dict(self) -> dict[str, Any]:
         """All fields, JSON-ready, and the fields of other samplers that were given."""
         return {**super().to_dict(), **{k: v for k, v in self.given.items() if not hasattr(self, k)}}
+
+
+@dataclass(frozen=True)
+class ScheduleConfig(SamplerConfig):
+    """Fields common to the samplers of diffusion models, whose noise is scheduled by betas."""
+
+    beta_start: Fraction = 0.0001
+    beta_end: Fraction = 0.02
+    beta_schedule: str = "linear"
+    trained_betas: Annotated[tuple[Fraction, ...], Range(1, 100_000)] | None = None
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
 
     def check(self) -> None:
         """The schedule exists, and its noise does not fall."""
@@ -203,6 +209,14 @@ def randn(shape: torch.Size | tuple[int, ...], generator: Generators, device: to
     return torch.randn(shape, generator=generator, device=source, dtype=dtype).to(device)
 
 
+def within(interval: tuple[float, float], t: Tensor | float, T: int) -> bool:
+    """Whether a timestep lies in a part of the walk from noise (0) to picture (1). Raises ValueError."""
+    start, end = interval
+    if not 0 <= start < end <= 1:
+        raise ValueError(f"guidance_interval = {start}, {end}: they must be in order, from 0 to 1")
+    return (1 - end) * T <= float(t) <= (1 - start) * T
+
+
 def threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
     """Dynamic thresholding (Saharia 2022, section 2.3): clip to a quantile s of |x0| per picture,
     divide by s."""
@@ -262,33 +276,28 @@ def to_x0_unscaled(kind: str, output: Tensor, x: Tensor, sigma: Tensor, sigma_ha
     return output
 
 
-class Scheduler(SchedulerHabits):
-    """Base of the samplers: config in and out, the tables, and the forward process.
+class Sampler(SchedulerHabits):
+    """Base of all samplers: config in and out, and the forward process x_t = alpha x0 + sigma eps.
 
     Built from its config or from the config's fields; SchedulerHabits saves it. `len(scheduler)` is T.
-    The tables `betas`, `alphas`, `alphas_cumprod` [T] are float32 on the CPU. Nothing here is a module: no
-    training or EMA step can touch the tables.
+    Nothing here is a module: no training or EMA step can touch a schedule.
+    A subclass says what the model predicts (`prediction_kind`), which timesteps training draws
+    (`timesteps_at`), and alpha and sigma at one timestep (`signal_and_noise`) and at many
+    (`_signal_and_noise`).
     """
 
-    config_class: ClassVar[type[ScheduleConfig]] = ScheduleConfig
+    config_class: ClassVar[type[SamplerConfig]] = SamplerConfig
     order = 1
-    init_noise_sigma: float | Tensor = 1.0
 
-    def __init__(self, config: ScheduleConfig | None = None, *by_place: Any, **fields: Any):
-        if not isinstance(config, ScheduleConfig):
-            fields = by_name(type(self).__name__, (config, *by_place), fields)
+    def __init__(self, config: SamplerConfig | None = None, *by_place: Any, **fields: Any):
+        if not isinstance(config, SamplerConfig):
+            fields = by_name(type(self).__name__, (config, *by_place), fields, self.by_place)
             config = self.config_class.from_dict(fields, type(self).__name__)
         self.config = config
-        self.betas = betas(self.config)
-        if getattr(self.config, "rescale_betas_zero_snr", False):
-            self.betas = rescale_zero_terminal_snr(self.betas)
-        self.alphas = 1.0 - self.betas
-        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
         self.num_inference_steps: int | None = None
-        self.timesteps = torch.arange(len(self)).flip(0)
 
     @classmethod
-    def from_config(cls, config: ScheduleConfig | dict[str, Any], **overrides: Any) -> Scheduler:
+    def from_config(cls, config: SamplerConfig | dict[str, Any], **overrides: Any) -> Sampler:
         """A sampler from another sampler's config; only what was set explicitly there is taken over."""
         if not isinstance(config, dict):
             raise TypeError(f"{cls.__name__}.from_config takes a config, not {shown(config)}; a folder goes "
@@ -300,7 +309,7 @@ class Scheduler(SchedulerHabits):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None,
-                        **overrides: Any) -> Scheduler:
+                        **overrides: Any) -> Sampler:
         """Reads `scheduler_config.json` in a local folder, whichever sampler wrote it. Overrides are fields.
 
         Raises WeightsError for a file that cannot be read, ConfigError for a field that cannot be honoured.
@@ -311,32 +320,66 @@ class Scheduler(SchedulerHabits):
         return cls(cls.config_class.from_dict({**values, **overrides}, source))
 
     def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = alpha x0 + sigma eps. Pictures [B, ...], timesteps [B]."""
+        alpha, sigma = self._signal_and_noise(timesteps, original_samples)
+        return alpha * original_samples + sigma * noise
+
+    def training_target(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What training asks of the model at x_t = add_noise(x0, noise, timesteps)."""
+        alpha, sigma = self._signal_and_noise(timesteps, x0)
+        return training_target(self.prediction_kind, x0, noise, alpha, sigma)
+
+    def predict_x0(self, output: Tensor, x_t: Tensor, timestep: int) -> Tensor:
+        """The clean images behind x_t [B, ...] by the model's prediction at one timestep; not clipped."""
+        return to_x0(self.prediction_kind, output, x_t, *self.signal_and_noise(timestep))
+
+
+class Scheduler(Sampler):
+    """Base of the samplers of diffusion models: alpha = sqrt(alpha_bar_t), sigma = sqrt(1 - alpha_bar_t).
+
+    The tables `betas`, `alphas`, `alphas_cumprod` [T] are float32 on the CPU.
+    """
+
+    config_class: ClassVar[type[ScheduleConfig]] = ScheduleConfig
+    init_noise_sigma: float | Tensor = 1.0
+
+    def __init__(self, config: ScheduleConfig | None = None, *by_place: Any, **fields: Any):
+        super().__init__(config, *by_place, **fields)
+        self.betas = betas(self.config)
+        if getattr(self.config, "rescale_betas_zero_snr", False):
+            self.betas = rescale_zero_terminal_snr(self.betas)
+        self.alphas = 1.0 - self.betas
+        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
+        self.timesteps = torch.arange(len(self)).flip(0)
+
+    def __len__(self) -> int:
         return len(self.betas)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | int | None = None) -> Tensor:
         """What the model is to see at this timestep: here x_t itself; the Euler samplers rescale it."""
         return sample
 
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps (Ho 2020, eq. 4).
-        Pictures [B, ...], timesteps [B]."""
-        signal, sigma = self._signal_and_noise(timesteps, original_samples)
-        return signal * original_samples + sigma * noise
+    @property
+    def prediction_kind(self) -> str:
+        """The config's prediction_type: epsilon, v_prediction or sample."""
+        return self.config.prediction_type
+
+    def timesteps_at(self, fractions: Tensor) -> Tensor:
+        """Timesteps of training at fractions [B] in 0..1 of the schedule: whole numbers in 0 .. T-1."""
+        return (fractions * len(self)).long().clamp(max=len(self) - 1)
+
+    def signal_and_noise(self, timestep: int) -> tuple[float, float]:
+        """alpha and sigma at one timestep (Ho 2020, eq. 4)."""
+        alpha_bar = self.alphas_cumprod[timestep].item()
+        return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0 (Salimans 2022, section 4 and appendix D)."""
         alpha, sigma = self._signal_and_noise(timesteps, sample)
         return training_target("v_prediction", sample, noise, alpha, sigma)
-
-    def training_target(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the config's prediction_type asks of the model at x_t = add_noise(x0, noise, timesteps)."""
-        alpha, sigma = self._signal_and_noise(timesteps, x0)
-        return training_target(self.config.prediction_type, x0, noise, alpha, sigma)
-
-    def predict_x0(self, output: Tensor, x_t: Tensor, timestep: int) -> Tensor:
-        """The clean images behind x_t [B, ...] by the model's prediction at one timestep; not clipped."""
-        alpha_bar = self.alphas_cumprod[timestep].item()
-        return to_x0(self.config.prediction_type, output, x_t, alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
 
     def clip_x0(self, x0: Tensor) -> Tensor:
         """A predicted x0, thresholded or clipped if the config asks for it."""

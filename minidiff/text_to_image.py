@@ -1,6 +1,6 @@
 """TextToImage: tokenizer, text tower, UNet and schedule in one module, whose forward is the training loss.
 
-Read after unet.py and samplers/ddim.py; it needs no VAE.
+Read after unet.py and objective.py; it needs no VAE.
 Papers: Ho 2020 (Algorithm 1 is `forward`), Ho 2022 (guidance, eq. 6), Shi 2016 (pixel unshuffle).
 Mirrors: the loop of diffusers' StableDiffusionPipeline, with a pixel unshuffle in place of the VAE: each f x
 f square of an image becomes f*f channels.
@@ -25,8 +25,9 @@ from miniclip.config import CLIPTextConfig
 from miniclip.files import WeightsError, is_texts, read_json, shown, write_json
 from miniclip.model import CLIPTextModel
 from miniclip.tokenizer import CLIPTokenizer
+from minidiff.objective import cosine_schedule, load_scheduler, objective_of
 from minidiff.pil import to_pil
-from minidiff.samplers import DDIMScheduler, DDPMScheduler
+from minidiff.schedule import Generators, Sampler, randn, within
 from minidiff.unet import UNet2DConditionModel
 from minidiff.upscaler import Upscaler
 
@@ -55,10 +56,11 @@ class TextToImage(nn.Module):
     """
 
     max_batch = 64      # images, at most, that evaluation sends through the UNet together
+    guidance_interval = 0.0, 1.0    # part of the walk from noise to picture; before and after, guidance is 1
     masks = 1           # of each image, to choose from; an inpainting model has several
 
     def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer,
-                 scheduler: DDPMScheduler, format: ImageFormat, captions: list[str],
+                 scheduler: Sampler, format: ImageFormat, captions: list[str],
                  upscaler: Upscaler | None = None):
         super().__init__()
         self.unet, self.text_encoder, self.upscaler = unet, text_encoder, upscaler
@@ -100,7 +102,7 @@ class TextToImage(nn.Module):
         """The loss, a scalar: mean squared error of the prediction (Ho 2020, Algorithm 1, line 5).
 
         x0, noise [B, L, h, w]; t [B]; inpaint: of `inpaint_input`.
-        What is predicted, eps, v or x0, is the scheduler's prediction_type.
+        What is predicted, eps, v, x0 or eps - x0, is the scheduler's prediction_kind.
         """
         noise = noise.to(x0)
         x_t = self.scheduler.add_noise(x0, noise, t).contiguous(memory_format=torch.channels_last)
@@ -141,14 +143,16 @@ class TextToImage(nn.Module):
                batch: int = 20, progress: Callable[[int], None] | None = None) -> Tensor:
         """One image for each prompt, [N, C, S, S] in [-1, 1], on the CPU; of twice the side with an upscaler.
 
-        guidance: 1 follows the prompt, 0 ignores it, more exaggerates it.
+        guidance: 1 follows the prompt, 0 ignores it, more exaggerates it; a distilled model keeps to its own.
         Image i has its own noise, drawn on the CPU from (seed, i): it does not change with the batch or with
         how many are drawn.
         """
-        noise = torch.cat([self._noise(seed, i) for i in range(len(prompts))])
+        generators = [image_generator(seed, i) for i in range(len(prompts))]
         images = []
         for i in range(0, len(prompts), batch):
-            images.append(self.denoise(noise[i:i + batch], prompts[i:i + batch], steps, guidance).cpu())
+            own = generators[i:i + batch]
+            noise = randn((len(own), *self.latent_shape), own, self.device, torch.float32)
+            images.append(self.denoise(noise, prompts[i:i + batch], steps, guidance, own).cpu())
             if progress:
                 progress(min(i + batch, len(prompts)))
         return torch.cat(images)
@@ -157,27 +161,24 @@ class TextToImage(nn.Module):
         """`sample` with the same options, as Pillow images."""
         return to_pil((self.sample(prompts, **options) + 1) / 2)
 
-    def _noise(self, seed: int, index: int) -> Tensor:
-        generator = torch.Generator().manual_seed((seed * SEED_STRIDE + index) % 2**63)
-        return torch.randn(1, *self.latent_shape, generator=generator)
-
     @torch.no_grad()
-    def denoise(self, noise: Tensor, prompts: list[str], steps: int, guidance: float) -> Tensor:
-        """`sample` from given noise [B, L, h, w], on the model's device."""
-        sampler = DDIMScheduler.from_config(self.scheduler.config)
-        sampler.set_timesteps(steps)
-        x = noise.to(self.device)
+    def denoise(self, x: Tensor, prompts: list[str], steps: int, guidance: float,
+                generator: Generators = None) -> Tensor:
+        """`sample` from given noise [B, L, h, w]; the generator draws what is added between the steps."""
+        objective = objective_of(self.scheduler)
+        timesteps, step = objective.walk(self.scheduler, steps, generator)
+        guidance = guidance if objective.guided else 1
         first = torch.zeros(len(prompts), dtype=torch.long)     # an image's first mask covers all of it
         uncond, cond = ({**self.conditioning(p), **self.inpaint_input(first, first)}
                         for p in ([""] * len(prompts), prompts))
         both = {name: torch.cat([uncond[name], cond[name]]) for name in cond}
-        for t in sampler.timesteps:
-            if guidance == 1:
+        for t in timesteps:
+            if guidance == 1 or not within(self.guidance_interval, t, len(self.scheduler)):
                 output = self.predict(x, t, cond)
             else:
                 free, guided = self.predict(torch.cat([x, x]), t, both).chunk(2)
                 output = free + guidance * (guided - free)      # Ho 2022, eq. 6 with w = guidance - 1
-            x = sampler.step(output, t, x, use_clipped_model_output=True).prev_sample
+            x = step(output, t, x).prev_sample
         images = self.decode(x).clamp(-1, 1)
         return images if self.upscaler is None else self.upscaler(images)
 
@@ -239,13 +240,18 @@ class TextToImage(nn.Module):
         model = cls(UNet2DConditionModel.from_pretrained(folder / "unet"),
                     CLIPTextModel.from_pretrained(folder / "text_encoder"),
                     CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-                    DDPMScheduler.from_pretrained(folder / "scheduler"), format, captions)
+                    load_scheduler(folder / "scheduler"), format, captions)
         if (folder / UPSCALER).is_dir():
             model.upscaler = Upscaler.load(folder / UPSCALER, format.channels)
         channels = model.unet.config.in_channels
         if channels != format.channels * format.fold**2 or format.size % format.fold:
             raise WeightsError(f"{folder / FILE}: {tuple(format)} does not fit a UNet of {channels} channels")
         return model.eval()
+
+
+def image_generator(seed: int, index: int) -> torch.Generator:
+    """Of all random numbers of one image."""
+    return torch.Generator().manual_seed((seed * SEED_STRIDE + index) % 2**63)
 
 
 def model_of(folder: str | Path) -> Path | None:
@@ -298,15 +304,8 @@ PRESETS = {
 }
 
 
-def default_schedule() -> DDPMScheduler:
-    """The schedule of fresh models: cosine (Nichol 2021), v-prediction, zero terminal SNR so that paper comes
-    out white (Lin 2023)."""
-    return DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction",
-                         rescale_betas_zero_snr=True, timestep_spacing="trailing")
-
-
 def build_text_to_image(preset: Preset, format: ImageFormat, captions: list[str],
-                        scheduler: DDPMScheduler | None = None) -> TextToImage:
+                        scheduler: Sampler | None = None) -> TextToImage:
     """A fresh model: a tokenizer trained on the captions, a text tower and a UNet with random weights."""
     distinct = list(dict.fromkeys(captions))
     tokenizer = CLIPTokenizer.of_captions(distinct, VOCABULARY)
@@ -323,4 +322,4 @@ def build_text_to_image(preset: Preset, format: ImageFormat, captions: list[str]
         up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(preset.attends)],
         cross_attention_dim=preset.text_width, norm_num_groups=8, use_linear_projection=True,
         attention_head_dim=tuple(max(1, c // HEAD_WIDTH) for c in preset.block_out_channels))
-    return TextToImage(unet, text, tokenizer, scheduler or default_schedule(), format, distinct)
+    return TextToImage(unet, text, tokenizer, scheduler or cosine_schedule(), format, distinct)

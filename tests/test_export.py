@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +19,8 @@ from miniclip import graphs
 from miniclip.tokenizer import CLIPTokenizer
 from miniclip.wordpiece import BertTokenizer
 from minidiff import export
-from minidiff.samplers import DDIMScheduler
+from minidiff.objective import OBJECTIVES, straight_paths
+from minidiff.samplers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from minidiff.text_to_image import ImageFormat, Preset, TextToImage, build_text_to_image
 from minidiff.upscaler import build_upscaler
 
@@ -119,12 +123,32 @@ def test_the_runner_draws_what_pytorch_draws(run_folder: Path, exported: Path, p
 
     pipeline.run = run
     assert runner.check(pipeline)
-    noise = pipeline.noise(2, 5, 16, 16)
+    noise = pipeline.noise(2, 5, 16, 16, 6)
     found = pipeline.draw(["春 楷書", "春"], noise, 6, 2.0)
-    wanted = TextToImage.load(run_folder).denoise(torch.tensor(noise), ["春 楷書", "春"], 6, 2.0)
+    wanted = TextToImage.load(run_folder).denoise(torch.tensor(noise[0]), ["春 楷書", "春"], 6, 2.0)
     assert graphs.relative_error(torch.tensor(found), wanted) < 1e-5
-    assert np.array_equal(noise[:1], pipeline.noise(1, 5, 16, 16))
+    assert np.array_equal(noise[:, :1], pipeline.noise(1, 5, 16, 16, 6))
     assert runner.png(found[0])[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def walker(rules: dict) -> Any:
+    """The runner's Pipeline, with a schedule only."""
+    pipeline = runner.Pipeline.__new__(runner.Pipeline)
+    pipeline.rules = {"schedule": rules}
+    pipeline.alpha_bar = np.float32([*rules.get("alphas_cumprod", ()), rules.get("final_alpha_cumprod", 1)])
+    return pipeline
+
+
+def walks_as(pipeline: Any, timesteps: torch.Tensor, step: Callable, seed: int) -> None:
+    """Each step of the runner is PyTorch's, given the same noise; `step` draws its own from `seed`."""
+    pairs, g = pipeline.walk(len(timesteps)), torch.Generator().manual_seed(seed)
+    assert [t for t, _ in pairs] == pytest.approx(timesteps.tolist(), rel=1e-6)
+    x = torch.randn(2, 4, 5, 5)
+    for (t, below), time in zip(pairs, timesteps, strict=True):
+        output, noise = torch.randn_like(x), torch.randn(x.shape, generator=g)
+        found = pipeline.step(output.numpy(), x.numpy(), t, below, noise.numpy())
+        x = step(output, time, x).prev_sample
+        assert graphs.relative_error(torch.tensor(found), x) < 1e-5
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
@@ -132,18 +156,61 @@ def test_the_runner_draws_what_pytorch_draws(run_folder: Path, exported: Path, p
 def test_the_runner_walks_as_ddim(spacing: str, kind: str) -> None:
     sampler = DDIMScheduler(timestep_spacing=spacing, prediction_type=kind, beta_schedule="scaled_linear",
                             steps_offset=1, clip_sample=kind == "sample")
-    pipeline = runner.Pipeline.__new__(runner.Pipeline)
-    pipeline.rules = {"schedule": export.schedule_rules(sampler, eps_from_x0=kind == "sample")}
+    pipeline = walker(export.schedule_rules(sampler, eps_from_x0=kind == "sample"))
     for steps in (1, 3, 7, 30):
         sampler.set_timesteps(steps)
-        timesteps, stride = pipeline.timesteps(steps)
-        assert timesteps == sampler.timesteps.tolist()
-        x = torch.randn(2, 4, 5, 5)
-        for t in timesteps:
-            output = torch.randn_like(x)
-            found = pipeline.step(output.numpy(), x.numpy(), t, stride)
-            x = sampler.step(output, t, x, use_clipped_model_output=kind == "sample").prev_sample
-            assert graphs.relative_error(torch.tensor(found), x) < 1e-5
+        walks_as(pipeline, sampler.timesteps,
+                 partial(sampler.step, use_clipped_model_output=kind == "sample"), 0)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_runner_walks_as_lcm(kind: str) -> None:
+    sampler = LCMScheduler(prediction_type=kind, original_inference_steps=13, clip_sample=True)
+    for steps in (1, 4, 13):
+        timesteps, step = OBJECTIVES["consistency"].walk(sampler, steps, torch.Generator().manual_seed(3))
+        walks_as(walker(export.schedule_rules(sampler, eps_from_x0=True)), timesteps, step, 3)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_runner_walks_as_flow(shift: float) -> None:
+    sampler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    for steps in (1, 4, 30):
+        timesteps, step = OBJECTIVES["flow"].walk(sampler, steps, None)
+        walks_as(walker(export.schedule_rules(sampler, eps_from_x0=True)), timesteps, step, 0)
+
+
+def test_a_schedule_that_the_runner_lacks_is_refused() -> None:
+    with pytest.raises(ValueError, match="flow"):
+        export.schedule_rules(FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True), eps_from_x0=True)
+    with pytest.raises(ValueError, match="thresholding"):
+        export.schedule_rules(DDIMScheduler(thresholding=True), eps_from_x0=False)
+
+
+@pytest.mark.parametrize("name", ["flow", "consistency"])
+def test_runs_of_other_objectives_draw_what_pytorch_draws(name: str) -> None:
+    """The runner with its graphs answered by the model itself."""
+    scheduler = straight_paths() if name == "flow" else LCMScheduler(
+        prediction_type="v_prediction", original_inference_steps=5, clip_sample=True)
+    torch.manual_seed(0)
+    model = build_text_to_image(Preset((16, 32), (False, True), 1, 32, 1), ImageFormat(16, 1, 2), ["春", "滿"],
+                                scheduler)
+    plan = export.plan_run(model, None)
+    vectors = export.golden_vectors(plan)
+    pipeline = walker(plan.rules["schedule"])
+    pipeline.rules, pipeline.sessions = {**plan.rules, "graphs": {"unet": {"inputs": ["x", "t", "text"]}}}, {}
+    pipeline.tokens = lambda prompts: [model.tokenizer(prompts, padding="max_length",
+                                                       return_tensors="np").input_ids]
+
+    def run(name: str, *inputs: np.ndarray) -> list[np.ndarray]:
+        pipeline.sessions[name] = True
+        return [o.numpy() for o in graphs.outputs_of(plan.graphs[name], [*map(torch.tensor, inputs)])]
+
+    pipeline.run = run
+    noise = vectors["noise"].numpy()
+    assert noise.shape == (4 if name == "consistency" else 1, 1, 4, 8, 8)
+    found = pipeline.draw([plan.prompt], noise, 4, 1.5)
+    assert np.abs(found - vectors["picture"].numpy()).max() < 1e-4
+    assert plan.graphs["unet"].inputs["t"].is_floating_point() == (name == "flow")
 
 
 # ------------------------------------------------------------------------------------------------------ int8
@@ -156,14 +223,14 @@ def test_a_size_that_is_fixed_is_no_axis(run_folder: Path) -> None:
         if name != "text_encoder":
             height, width = graph.inputs["x"].shape[2:]
             assert width * 2 == height * 3
-    assert plan.draw("春", torch.randn(1, 4, 8, 12), 2, 1.5).shape == (1, 1, 32, 48)
+    assert plan.draw("春", torch.randn(1, 4, 8, 12), None, 2, 1.5).shape == (1, 1, 32, 48)
 
 
 def test_int8_weights_are_a_quarter_and_near() -> None:
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Conv2d(16, 64, 3), torch.nn.GroupNorm(8, 64),
                                  torch.nn.Conv2d(64, 2, 1))
-    small, kept = graphs.to_int8(layers)
+    small, kept = graphs.with_int8(layers)
     assert kept.pop("2.weight") == "128 numbers only"
     assert kept == dict.fromkeys(["0.bias", "1.weight", "1.bias", "2.bias"], "a bias, norm or scale")
     difference = (small[0].weight - layers[0].weight).abs().flatten(1).amax(1)

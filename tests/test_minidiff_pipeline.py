@@ -12,6 +12,7 @@ from miniclip.config import CLIPTextConfig
 from miniclip.model import CLIPTextModel, CLIPTextModelWithProjection
 from miniclip.tokenizer import CLIPTokenizer
 from miniclip.weights import WeightsError, read_json, save_file, write_json
+from minidiff import __main__ as command
 from minidiff import convert
 from minidiff.__main__ import SAMPLERS, main
 from minidiff.pil import from_pil, to_pil
@@ -102,6 +103,25 @@ def test_every_sampler(pipe):
         pipe.scheduler, kept = cls.from_config(pipe.scheduler.config), pipe.scheduler
         assert torch.isfinite(draw(pipe, num_inference_steps=4)).all(), name
         pipe.scheduler = kept
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_no_step_waits_for_the_device(name):
+    """To read a number from a GPU is to wait for all work before it. Tensors on the meta device have no
+    numbers: reading one raises."""
+    pipe = make().to("meta")
+    pipe.scheduler = SCHEDULERS[name].from_config(pipe.scheduler.config)
+    latents = torch.empty(1, 4, 8, 8, device="meta")
+    x = pipe("a herb", height=16, width=16, num_inference_steps=5, latents=latents,
+             output_type="latent").images
+    assert x.is_meta and x.shape == latents.shape
+
+
+def test_the_unet_compiles_as_one_graph(pipe):
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor(7), torch.randn(1, 5, 32)
+    graph = torch.compile(pipe.unet, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(graph(*inputs).sample, pipe.unet(*inputs).sample)
 
 
 def test_a_picture_does_not_depend_on_its_batch(pipe):
@@ -293,6 +313,27 @@ def test_command_line(folder, tmp_path, capsys):
         assert main([*call, "--sampler", sampler, "--guidance", "1"]) == 0
 
 
+def test_shortcuts_from_the_command_line(folder, tmp_path, monkeypatch):
+    seen, plain = [], command.load
+
+    def load(a):
+        pipe = plain(a)
+        layers = {type(module).__name__ for module in pipe.unet.modules()}
+        cached, hooks = "forward" in vars(pipe.unet), [m for m in pipe.unet.modules() if m._forward_pre_hooks]
+        seen.append((layers, cached, bool(hooks), pipe.guidance_interval))
+        return pipe
+
+    monkeypatch.setattr(command, "load", load)
+    call = ["--model", folder, "--prompt", "a", "--steps", "4", "--out", str(tmp_path)]
+    for extra in ([], ["--optimize", "no"], ["--deep-cache", "2", "--merge-tokens", "0.5", "--int8",
+                                            "--guidance-interval", "0.2", "0.8"]):
+        assert main([*call, *extra]) == 0
+    usual, plain_layers, short = (layers for layers, *_ in seen)
+    assert "PackedConv2d" in usual and "PackedConv2d" not in plain_layers
+    assert "Int8Conv2d" in short and not {"PackedConv2d", "Conv2d", "Linear"} & short
+    assert [rest for _, *rest in seen] == 2 * [[False, False, (0.0, 1.0)]] + [[True, True, (0.2, 0.8)]]
+
+
 @pytest.mark.parametrize(
     ("extra", "word"),
     [
@@ -312,6 +353,9 @@ def test_command_line(folder, tmp_path, capsys):
         (["--device", "gpu"], "gpu"),
         (["--variant", "fp16"], "fp16"),
         (["--out", __file__ + "/out"], "out"),
+        (["--guidance-interval", "0.8", "0.2"], "guidance_interval = 0.8, 0.2"),
+        (["--deep-cache", "0"], "deep_cache: every = 0"),
+        (["--merge-tokens", "0.9"], "merge_tokens: ratio = 0.9"),
     ],
 )
 def test_command_line_mistakes_take_one_line(folder, tmp_path, capsys, extra, word):

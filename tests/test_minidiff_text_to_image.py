@@ -11,7 +11,8 @@ from PIL import Image
 
 from minidiff import DDIMScheduler, TextToImage
 from minidiff.__main__ import main
-from minidiff.text_to_image import ImageFormat, Preset, build_text_to_image, model_of
+from minidiff.schedule import randn
+from minidiff.text_to_image import ImageFormat, Preset, build_text_to_image, image_generator, model_of
 from train import sample
 from train.run.cli import start
 
@@ -59,7 +60,7 @@ def test_guided_sampling_is_ddim_on_two_predictions(run: Path) -> None:
     model, prompts = TextToImage.load(run), ["春 草書", "坤 楷書"]
     sampler = DDIMScheduler.from_config(model.scheduler.config)
     sampler.set_timesteps(3)
-    x = torch.cat([model._noise(5, i) for i in range(2)])
+    x = randn((2, *model.latent_shape), [image_generator(5, i) for i in range(2)], "cpu", torch.float32)
     with torch.no_grad():
         free, guided = (model.conditioning(texts) for texts in ([""] * 2, prompts))
         for t in sampler.timesteps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 from miniclip import CLIPModel, CLIPTextModel, CLIPVisionModel
 from miniclip.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from minidiff import AutoencoderKL, UNet2DConditionModel, optimize
-from minidiff.lora import LoRALinear
+from minidiff.lora import FILE, LoRALinear
 from minidiff.optimize import Faster, PackedConv2d, PackedLinear, TextLinear, operators_work
 from minidiff.resnet import Upsample2D
 from minidiff.text_to_image import PRESETS, ImageFormat, build_text_to_image
+from tests.test_lora import teach
+from tests.test_minidiff_pipeline import draw, make
+from train.lora import add_lora, save_lora
 
 code = sys.modules["minidiff.optimize"]             # the name of the module is the function's as well
 SMALL = {"block_out_channels": (16, 32), "norm_num_groups": 8, "cross_attention_dim": 24,
@@ -33,14 +37,14 @@ UNETS = {
     "SDXL": {**SMALL, **CROSS, "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
              "projection_class_embeddings_input_dim": 64},
 }
+SMALLEST = {"CHANNELS": 10, "CHANNELS_DOUBLED": 10, "SQUARES": 4, "BAND": 12, "ROWS": 2, "WORK": 1}
 TOWER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 @pytest.fixture(autouse=True)
 def every_layer_its_fast_path(monkeypatch: pytest.MonkeyPatch):
     """Small models are below the sizes from which on it pays."""
-    for name, value in (("CHANNELS", 10), ("CHANNELS_DOUBLED", 10), ("SQUARES", 4), ("BAND", 12),
-                        ("ROWS", 2), ("WORK", 1)):
+    for name, value in SMALLEST.items():
         monkeypatch.setattr(code, name, value)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -424,3 +428,55 @@ def test_two_models_do_not_share_a_text() -> None:
     given = inputs(plain)
     optimize(other)(**given)
     assert_close(fast(**given).sample, plain(**given).sample)
+
+
+# ------------------------------------------------------------------------------------------ a whole pipeline
+
+
+@pytest.mark.parametrize("xl", [False, True])
+def test_the_pictures_of_an_optimized_pipeline_are_the_same(xl: bool) -> None:
+    plain, fast = make(xl), make(xl)
+    assert fast.optimize() is fast
+    for model, other in zip(plain.models(), fast.models(), strict=True):
+        state, wanted = other.state_dict(), model.state_dict()
+        assert list(state) == list(wanted) and all(map(torch.equal, state.values(), wanted.values()))
+        assert any(isinstance(module, Faster) for module in other.modules())
+    for kwargs in ({}, {"image": draw(plain), "strength": 0.5}, {"prompt": "春 滿"}, {}):
+        assert_close(draw(fast, **kwargs), draw(plain, **kwargs))
+    fast.to(torch.float64).to(torch.float32)
+    fast.enable_model_cpu_offload(device="cpu")
+    assert_close(draw(fast), draw(plain))
+
+
+def copies_of(model: nn.Module) -> list[dict]:
+    return [module.made for module in model.modules() if isinstance(module, Faster) and module.made]
+
+
+def test_the_next_picture_needs_no_new_copies() -> None:
+    pipe = make().optimize()
+    draw(pipe)
+    before = [copies_of(model) for model in pipe.models()]
+    draw(pipe)
+    for model, kept in zip(pipe.models(), before, strict=True):
+        assert kept and all(map(lambda a, b: a is b, copies_of(model), kept))
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before LoRA", "after it"])
+def test_lora_in_an_optimized_pipeline(before: bool, tmp_path: Path) -> None:
+    plain, fast, taught = make(), make(), make().unet
+    add_lora(taught, rank=2, alpha=4)
+    teach(taught)
+    save_lora(taught, tmp_path / FILE)
+    if before:
+        fast.optimize()
+        draw(fast)                                      # copies of the weights as they are now
+    for pipe in (plain, fast):
+        pipe.load_lora_weights(tmp_path)
+    if not before:
+        fast.optimize()
+    for change in (lambda p: None, lambda p: p.set_adapters("default_0", 0.3), lambda p: p.fuse_lora(),
+                   lambda p: p.unfuse_lora(), lambda p: p.unload_lora_weights()):
+        change(plain)
+        change(fast)
+        assert_close(draw(fast), draw(plain))
+        assert_close(draw(fast.optimize()), draw(plain))

@@ -180,7 +180,7 @@ def test_bad_tables(rows, message, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (dict(hold_out="artist"), "must be column=value"),
-    (dict(hold_out="artist=nobody"), "leaves nothing to test; artist holds google, twitter"),
+    (dict(hold_out="artist=nobody"), r"leaves nothing to test; artist holds \['google', 'twitter'\]"),
     (dict(lock="image"), "give --init"),
     (dict(chunk=2), "batch norm"),
     (dict(batch=1), "--batch 1: at least 2"),

@@ -89,11 +89,11 @@ def test_a_run_of_before_goes_on(tmp_path, layout):
         return
     # then the table decides, and it says why not
     (out / "config.json").write_text("damaged", encoding="utf-8")
-    with pytest.raises(UserError, match=f"trained with caption_column = {before}, not {before},ja"):
+    with pytest.raises(UserError, match=f"trained with caption_column = '{before}', not '{before},ja'"):
         train_clip.main(config(out, data=data, resume=True))
     state["config"]["caption_column"] = "en"
     save_checkpoint(out / "checkpoint.pt", state)
-    with pytest.raises(UserError, match=f"trained with caption_column = en, not {before}"):
+    with pytest.raises(UserError, match=f"trained with caption_column = 'en', not '{before}'"):
         train_clip.main(config(out, data=data, resume=True, caption_column=before))
 
 
@@ -144,7 +144,7 @@ def test_training_with_a_share_held_out_and_evaluating_it(tmp_path, capsys):
     train, test = list_pairs(cfg).split()
     again, asked, _ = evaluate_clip.read_run(tmp_path / "run")
     assert asked.files == test.files and again.files == train.files and not set(train.files) & set(test.files)
-    with pytest.raises(UserError, match="trained with hold_out = 0.25, not 0.5"):
+    with pytest.raises(UserError, match="trained with hold_out = '0.25', not '0.5'"):
         train_clip.main(dataclasses.replace(cfg, hold_out="0.5", resume=True))
 
 

@@ -130,6 +130,7 @@ def test_what_a_run_may_write_is_drawn(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text, words", [
     ('{"lr": [1]}', r"'lr' = \[1\]: no setting"), ('{"lr": {"a": 1}}', "no setting"),
     ('{"lr": 1e300}', "no setting"), ('{"data": "' + "x" * 20_000 + '"}', "no setting"),
+    (r'{"data": "a\nb"}', "no setting"),
     ('{"lr": NaN}', "no setting"), ("[]", "JSON object"), ('{"lr": ' + "9" * 5000 + "}", "too large"),
 ])
 def test_settings_that_no_run_has(tmp_path: Path, text: str, words: str) -> None:

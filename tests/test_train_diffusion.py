@@ -269,7 +269,8 @@ def test_optimal_denoiser() -> None:
     bank, alpha_bar = torch.tensor([[1.0], [-1.0]]), 0.5
     x_t = torch.tensor([[0.3], [0.0]])
     by_hand = torch.tanh(x_t * alpha_bar**0.5 / (1 - alpha_bar))
-    assert torch.allclose(optimal_denoiser(x_t, bank, alpha_bar), by_hand, atol=1e-6)
+    found = optimal_denoiser(x_t, bank, alpha_bar**0.5, (1 - alpha_bar)**0.5)
+    assert torch.allclose(found, by_hand, atol=1e-6)
 
 
 def test_muon_updates_are_nearly_orthogonal() -> None:
@@ -381,3 +382,20 @@ def test_less_jitter_moves_images_less_in_the_same_directions(monkeypatch: pytes
                              torch.Generator().manual_seed(0))
     torch.testing.assert_close(seen[1] - 0.5, 0.25 * (seen[0] - 0.5))
     assert (seen[2] == 0.5).all() and (seen[0] - 0.5).abs().max() > 0.4
+
+
+@pytest.mark.parametrize("changes, wanted", [
+    ({"noise_bias": 1.0}, 1.0), ({"noise_bias": 4.0}, 4.0), ({}, train_diffusion.NOISE_BIAS),
+    ({"init": "sd"}, 1.0), ({"data": str(ROOT / "data" / "strokes")}, 1.0),
+])
+def test_much_noise_is_seen_more_often(changes: dict, wanted: float) -> None:
+    """As u^(1/bias) has it: below a timestep of T f lie f^bias of a batch, to one of it."""
+    cfg, ranks = dataclasses.replace(TINY, batch=50, **changes), distributed.Ranks(0, 1, torch.device("cpu"))
+    data = train_diffusion.open_data(cfg, ranks)
+    model = train_diffusion.initial_model(dataclasses.replace(cfg, init=""), data.captions, data.strokes)
+    rows = torch.arange(50) % len(data.images)
+    batch = train_diffusion.draw(model, rows, data.images[rows], data, cfg, ranks,
+                                 torch.Generator().manual_seed(0))
+    for fraction in (0.25, 0.5, 0.75):
+        below = (batch.t < 1000 * fraction).sum().item()
+        assert abs(below - 50 * fraction**wanted) <= 1.01

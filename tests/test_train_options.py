@@ -154,10 +154,11 @@ def test_a_batch_that_cannot_be_shared_is_refused() -> None:
 
 CHANGE = [      # option, another value, what stands beside it in both runs: the run's numbers become others
     ("caption_column", "character", {}), ("size", 32, {}), ("channels", 3, {}), ("fold", 1, {}),
-    ("preset", "base", {}),
+    ("preset", "base", {}), ("objective", "flow", {}),
     ("steps", 3, {}), ("batch", 5, {}), ("optimizer", "adamw", {}), ("lr", 0.01, {}), ("muon_lr", 0.05, {}),
     ("warmup", 0, {}), ("ema", 0.0, {}), ("clip", 1e-3, {"optimizer": "adamw", "warmup": 0, "lr": 0.1}),
-    ("caption_drop", 0.9, {}), ("jitter", False, {}), ("jitter_amount", 1.0, {}), ("flip", True, {}),
+    ("caption_drop", 0.9, {}), ("jitter", False, {}), ("jitter_amount", 1.0, {}),
+    ("noise_bias", 1.0, {}), ("flip", True, {}),
     ("seed", 1, {}),
     ("precision", "bf16", {}), ("freeze", "^text_encoder", {}), ("samples", 1, {}), ("stream", True, {}),
 ]  # fmt: skip

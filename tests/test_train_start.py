@@ -213,7 +213,7 @@ def test_resume_steps_over_a_checkpoint_that_is_wrong_inside(name: str, tmp_path
 @pytest.mark.parametrize("text, words", [
     (None, "no .*config.json to take the run's settings from"), ("{", "config.json: not JSON"),
     ("[]", "expected a JSON object"),
-    ('{"caption_drop": 0.1}', "caption_drop is no setting of train.train_clip"),
+    ('{"caption_drop": 0.1}', "'caption_drop' is no setting of train.train_clip"),
     ('{"lr": -1}', "lr = -1: must be above 0"), ('{"steps": "4"}', "steps = '4': must be a whole number"),
     ('{"jitter": 1}', "jitter = 1: must be true or false"),
     ('{"preset": "huge"}', "preset = 'huge': must be one of tiny"),

@@ -31,6 +31,7 @@ from torch import Tensor
 from miniclip.image_text import ImageTextModel
 from miniclip.retrieval import RECALL_AT, chance_of_counts, ranks
 from miniclip.weights import atomic_write, write_json
+from minidiff.optimize import optimize
 
 from . import report
 from .data.batches import load_image, readable
@@ -70,7 +71,7 @@ def main(cfg: EvaluateConfig) -> None:
     asked = pool.take(sorted(sampled(len(pool.files), cfg.most, cfg.seed)))
     if len(asked.files) < len(pool.files):
         rows += f", sampled at random from {len(pool.files)}"
-    model = ImageTextModel.load(out / "model").to(pick_device(cfg.device))
+    model = optimize(ImageTextModel.load(out / "model")).to(pick_device(cfg.device))
     seen = look(model, asked.files, train.files)
     train, pool, asked = (seen.without_broken(pairs) for pairs in (train, pool, asked))
     names, relevant = answers(train, asked, columns, pool)

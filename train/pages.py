@@ -18,14 +18,14 @@ from .recall import MATRIX
 from .run.loop import Run
 
 SHOWN = 40      # captions, at most, of which samples are drawn on the way
-PREDICTED = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+PREDICTED = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "eps - x0"}
 WAYS = {"picture to name": "image_to_text", "name to picture": "text_to_image"}
 
 
 def write_diffusion_report(run: Run, captions: list[str], parameters: int) -> None:
     """report.html and loss.svg of a run of train_diffusion so far."""
     out, cfg, metrics = run.out, run.cfg, run.metrics
-    kind = run.state.model.scheduler.config.prediction_type
+    kind = run.state.model.scheduler.prediction_kind
     loss_curve = report.curve({"training loss": report.smooth(metrics.series("loss"))}, "step",
                               f"mean squared error of {PREDICTED[kind]}, smoothed")
     with atomic_write(out / "loss.svg") as file:

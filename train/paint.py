@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from miniclip.weights import atomic_write
+from minidiff.optimize import optimize
 from minidiff.text_to_image import TextToImage, model_of
 
 from .animate import animation as writing
@@ -125,7 +126,7 @@ def inks_of(run: str, text: str, hand: str, seed: int) -> list[list[np.ndarray]]
 
 def drawn_inks(run: str, text: str, hand: str, seed: int) -> list[np.ndarray]:
     """The characters as a diffusion model draws them, each time anew."""
-    model = TextToImage.load(run)
+    model = optimize(TextToImage.load(run))
     prompts = [f"{char} {hand}".strip() for char in text]
     if unknown := sorted({word for prompt in prompts for word in model.unknown_words(prompt)}):
         raise UserError(f"--run {run} never saw {'、'.join(unknown)}; it knows "

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from miniclip.image_text import ImageTextModel
+from minidiff.optimize import optimize
 
 from .data.batches import load_image
 from .data.grid import save_grid
@@ -50,7 +51,7 @@ def main(cfg: SearchConfig) -> None:
     if bool(cfg.text.strip()) == bool(cfg.image):
         raise UserError("give either --text or --image")
     source = model_folder(cfg.run)
-    model = ImageTextModel.load(source).to(pick_device(cfg.device))
+    model = optimize(ImageTextModel.load(source)).to(pick_device(cfg.device))
     name = f"index-{Path(cfg.pictures).name}" if cfg.pictures else "index"
     folder = Path(cfg.index or Path(cfg.run) / name)
     if cfg.pictures:

@@ -26,7 +26,8 @@ from miniclip.tokenizer import CLIPTokenizer
 from miniclip.weights import load_file, load_strict, save_file
 from minidiff.attention import BasicTransformerBlock
 from minidiff.embeddings import TimestepEmbedding, Timesteps
-from minidiff.samplers import DDPMScheduler
+from minidiff.objective import cosine_schedule, load_scheduler
+from minidiff.schedule import Sampler
 from minidiff.text_to_image import VOCABULARY, ImageFormat, TextToImage
 
 from .brush import write
@@ -185,7 +186,7 @@ class StrokeWriter(TextToImage):
     images."""
 
     def __init__(self, unet: StrokeTransformer, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer,
-                 scheduler: DDPMScheduler, scaling: Scaling, captions: list[str]):
+                 scheduler: Sampler, scaling: Scaling, captions: list[str]):
         super().__init__(unet, text_encoder, tokenizer, scheduler, ImageFormat(SIDE, 1, 1), captions)
         self.scaling = scaling
 
@@ -242,20 +243,20 @@ class StrokeWriter(TextToImage):
         weights = folder / "strokes.safetensors"
         load_strict(transformer, load_file(weights), str(weights))
         return cls(transformer, text, CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-                   DDPMScheduler.from_pretrained(folder / "scheduler"), scaling, captions).eval()
+                   load_scheduler(folder / "scheduler"), scaling, captions).eval()
 
 
-def build_stroke_writer(scaling: Scaling, captions: list[str]) -> StrokeWriter:
-    """A fresh model: a tokenizer trained on the captions, a text tower and a transformer."""
+def build_stroke_writer(scaling: Scaling, captions: list[str],
+                        scheduler: Sampler | None = None) -> StrokeWriter:
+    """A fresh model: a tokenizer trained on the captions, a text tower and a transformer.
+    scheduler: one that does not clip, as coefficients pass 1."""
     distinct = list(dict.fromkeys(captions))
     tokenizer = CLIPTokenizer.of_captions(distinct, VOCABULARY)
     text = CLIPTextModel(CLIPTextConfig.for_tokenizer(
         tokenizer, hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH, num_hidden_layers=1,
         num_attention_heads=2, projection_dim=TEXT_WIDTH))
-    # as minidiff.text_to_image.default_schedule, but that coefficients pass 1
-    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction",
-                              rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False)
-    return StrokeWriter(StrokeTransformer(scaling.most), text, tokenizer, scheduler, scaling, distinct)
+    return StrokeWriter(StrokeTransformer(scaling.most), text, tokenizer,
+                        scheduler or cosine_schedule(clip=False), scaling, distinct)
 
 
 def strokes_model_of(folder: str | Path) -> Path | None:
@@ -299,7 +300,7 @@ def _numbers(value: Any) -> list[float] | None:
 def load_run(run: str) -> StrokeWriter:
     """The model of a run. Raises UserError for a folder without one."""
     if strokes_model_of(run) is None:
-        again = command("train_diffusion", data="data/strokes", out=run)
+        again = command("train_diffusion", data="data/strokes", steps=400, batch=56, out=run)
         raise UserError(f"--run {run}: no run on strokes; {again} trains one")
     return StrokeWriter.load(run)
 

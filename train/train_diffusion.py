@@ -3,7 +3,8 @@
     python -m train.train_diffusion --data data/calligraphy --out out/calligraphy
 
 Read after minidiff/text_to_image.py, whose forward is the loss.
-Papers: Ho 2020 (Algorithm 1), Ho 2022 (dropped captions for guidance), Kingma 2021 (evenly spread timesteps).
+Papers: Ho 2020 (Algorithm 1), Ho 2022 (dropped captions for guidance), Kingma 2021 (evenly spread timesteps),
+Liu 2022 (--objective flow).
 Leaves a run folder: report.html, metrics.jsonl, speed.jsonl, samples/, config.json,
 checkpoint.pt and those before it (everything needed to go on), best.pt and model/ (the EMA weights in
 upstream's layout, all that train.sample needs).
@@ -24,6 +25,7 @@ from torch.utils.data import Dataset
 
 from minidiff.attention import Transformer2DModel
 from minidiff.lora import FILE as LORA_FILE
+from minidiff.objective import OBJECTIVES, objective_in
 from minidiff.resnet import ResnetBlock2D
 from minidiff.text_to_image import FILE, PRESETS, ImageFormat, TextToImage, build_text_to_image
 
@@ -62,6 +64,7 @@ from .strokes import Scaling, affine_tokens, build_stroke_writer, holds_strokes,
 from .validation import validate
 
 SAMPLE_BATCH = 20       # samples on the way that go through the UNet together
+NOISE_BIAS = 3.0        # of fresh models of images (docs/experiments.md)
 
 
 @dataclass(frozen=True)
@@ -74,14 +77,21 @@ class TrainConfig(TrainSettings):
     fold: int = flag(2, "pixel unshuffle: each f x f square of pixels becomes channels", section=DATA,
                      at_least=1, at_most=64)
     preset: str = changed(TrainSettings, "preset", default="small", choices=tuple(PRESETS))
+    steps: int = changed(TrainSettings, "steps", default=200)
     ema: float = changed(TrainSettings, "ema", default=0.98)
+    objective: str = flag("diffusion", "what a model learns: diffusion (v; sampled by DDIM) or flow "
+                          "(eps - x0 on straight paths; by Euler)", section=MODEL,
+                          choices=("diffusion", "flow"))
     caption_drop: float = flag(0.1, "share of images trained without caption, for guidance", section=MODEL,
                                at_least=0, at_most=1)
+    noise_bias: float = flag(0.0, "1 spreads the timesteps of training evenly, more sees much noise more "
+                             "often; 0: 3, but 1 with --init and for strokes", section=MODEL, at_least=0,
+                             at_most=100)
     jitter: bool = changed(TrainSettings, "jitter", help="small random rotations, shifts, scalings")
     jitter_amount: float = flag(0.5, "how far: 1 is up to 3 degrees, 3 %% of the side and 5 %% of the size",
                                 section=MODEL, at_least=0, at_most=10)
     flip: bool = changed(TrainSettings, "flip", help="mirror half of the images; never for writing")
-    samples: int = flag(3, "how many times on the way to write a grid of samples and validate",
+    samples: int = flag(2, "how many times on the way to write a grid of samples and validate",
                         section=EVALUATION, at_least=0, at_most=1000, may_change=True)
     sample_steps: int = flag(12, "denoising steps for those samples", section=EVALUATION, at_least=1,
                              at_most=1000, may_change=True)
@@ -126,7 +136,7 @@ def main(cfg: TrainConfig, dataset: Dataset | None = None) -> None:
         lr = set_learning_rate(optimizers, step, cfg.steps, cfg.warmup)
         indices, images = batches.batch(step, state.generator)              # x0 ~ q(x0)
         batch = draw(model, indices, images, data, cfg, ranks, state.generator)     # t, eps
-        loss = forward_backward(loss_fn, batch, cfg, state, ranks.device)   # || eps - eps_theta(x_t, t) ||^2
+        loss = forward_backward(loss_fn, batch, cfg, state, ranks.device)   # || target - answer(x_t, t) ||^2
         norm = state.clip_gradients(cfg.clip)
         loss = run.agreed(loss)
         run.check_finite(loss, norm, lr)
@@ -150,12 +160,26 @@ def check(cfg: TrainConfig) -> None:
         raise UserError(f"--tokenizer {cfg.tokenizer}: only for an --init that is a single file")
     if cfg.init and not (Path(cfg.init) / FILE).exists():
         check_latent(cfg)
+    else:
+        check_objective(cfg)
+
+
+def check_objective(cfg: TrainConfig) -> None:
+    """Refuses to go on with weights that learned by the other objective."""
+    folder = Path(cfg.init) if cfg.init else Path(cfg.out) / "model"
+    if (cfg.init or cfg.resume) and (folder / "scheduler").is_dir():
+        learned = objective_in(folder / "scheduler")
+        if learned != cfg.objective:
+            raise UserError(f"--objective {cfg.objective}: {folder} learned by the other; give --objective "
+                            f"{learned}")
 
 
 def check_latent(cfg: TrainConfig) -> None:
     """What an --init of others, whose images are encoded once, cannot do."""
     if not Path(cfg.init).exists():
         raise UserError(f"--init {cfg.init}: no such file or folder")
+    if cfg.objective != "diffusion":
+        raise UserError(f"--objective {cfg.objective}: not with --init {cfg.init}, which diffusion trained")
     if cfg.stream:
         raise UserError(f"--stream: not with --init {cfg.init}, whose latents are encoded once and kept")
     if cfg.jitter or cfg.flip or cfg.channels != 3:
@@ -249,9 +273,9 @@ def initial_model(cfg: TrainConfig, captions: list[str], strokes: Scaling | None
     """A fresh model or the one of --init, with what shall not learn frozen."""
     format = ImageFormat(cfg.size, cfg.channels, cfg.fold)
     if strokes is not None:
-        model = build_stroke_writer(strokes, captions)
+        model = build_stroke_writer(strokes, captions, OBJECTIVES[cfg.objective].fresh(clip=False))
     elif not cfg.init:
-        model = build_text_to_image(PRESETS[cfg.preset], format, captions)
+        model = build_text_to_image(PRESETS[cfg.preset], format, captions, OBJECTIVES[cfg.objective].fresh())
     elif (Path(cfg.init) / FILE).exists():
         model = TextToImage.load(cfg.init).train()
         model.upscaler = None                               # learned for the weights that now change
@@ -299,14 +323,14 @@ def draw(model: TextToImage, indices: Tensor, images: Tensor, data: Data, cfg: T
          ranks: Ranks, generator: torch.Generator) -> Batch:
     """All random numbers of a step: for the whole batch, in a fixed order; this process keeps its rows.
 
-    indices [b], images [b, C, S, S]. The B timesteps are spread evenly over the schedule, one in each B-th
-    part of it: less variance than B free draws.
+    indices [b], images [b, C, S, S]. The B timesteps are spread over the schedule, one in each B-th part of
+    u in 0..1, at u^(1 / noise_bias): less variance than B free draws.
     """
-    B, T, own = cfg.batch, len(model.scheduler), ranks.local_rows(cfg.batch)
+    B, own = cfg.batch, ranks.local_rows(cfg.batch)
     jitter = torch.rand(B, 6, generator=generator)[own] if cfg.jitter else None
     dropped = (torch.rand(B, generator=generator) < cfg.caption_drop)[own].tolist()     # Ho 2022, Algorithm 1
     even = (torch.randperm(B, generator=generator) + torch.rand(B, generator=generator)) / B
-    t = (even * T).long().clamp(max=T - 1)[own]
+    t = model.scheduler.timesteps_at(even ** (1 / noise_bias(cfg, data)))[own]
     noise = torch.randn(B, *model.latent_shape, generator=generator)[own]
     masks = model.draw_masks(B, generator)[own]
     if jitter is not None:
@@ -315,6 +339,12 @@ def draw(model: TextToImage, indices: Tensor, images: Tensor, data: Data, cfg: T
     x0 = model.to_x0(images)
     prompts = ["" if drop else data.captions[i] for i, drop in zip(indices.tolist(), dropped, strict=True)]
     return Batch(x0, prompts, t, noise, model.inpaint_input(indices, masks))
+
+
+def noise_bias(cfg: TrainConfig, data: Data) -> float:
+    """The setting or what 0 stands for. On a few pictures, which caption means which of them is learned last
+    and from much noise, where nothing else tells; what others trained learned evenly."""
+    return cfg.noise_bias or (1.0 if cfg.init or data.strokes is not None else NOISE_BIAS)
 
 
 def forward_backward(loss_fn: nn.Module, batch: Batch, cfg: TrainConfig, state: TrainState,

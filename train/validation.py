@@ -36,7 +36,7 @@ def validate(model: TextToImage, images: Tensor, captions: list[str], complete: 
     for t in TIMESTEPS:
         x_t = model.scheduler.add_noise(x0, eps, torch.full((len(x0),), t))
         if bounded:
-            best = optimal_denoiser(x_t, model.to_x0(images), model.scheduler.alphas_cumprod[t].item())
+            best = optimal_denoiser(x_t, model.to_x0(images), *model.scheduler.signal_and_noise(t))
             errors["bound"].append(mean_squared(best, x0))
         errors["val"].append(mean_squared(predicted_x0(model, x_t, t, captions), x0))
         errors["val_free"].append(mean_squared(predicted_x0(model, x_t, t, [""] * len(x0)), x0))
@@ -64,14 +64,15 @@ def predicted_x0(model: TextToImage, x_t: Tensor, t: int, captions: list[str]) -
     return torch.cat(predicted)
 
 
-def optimal_denoiser(x_t: Tensor, images: Tensor, alpha_bar: float) -> Tensor:
-    """E[x0 | x_t] when x0 is one of the images, each as likely: their mean, weighted by likelihood.
+def optimal_denoiser(x_t: Tensor, images: Tensor, alpha: float, sigma: float) -> Tensor:
+    """E[x0 | x_t] for x_t = alpha x0 + sigma eps when x0 is one of the images, each as likely: their mean,
+    weighted by likelihood.
 
     x_t [B, ...], images [N, ...] -> [B, ...]. No network can have a smaller mean squared error on these
     images.
     """
     # [N, D]; MPS has no float64
     flat = images.flatten(1).cpu().double()
-    distance = torch.cdist(x_t.flatten(1).cpu().double(), alpha_bar**0.5 * flat).square()
-    weights = torch.softmax(-distance / (2 * (1 - alpha_bar)), dim=1)               # [B, N]
+    distance = torch.cdist(x_t.flatten(1).cpu().double(), alpha * flat).square()
+    weights = torch.softmax(-distance / (2 * sigma**2), dim=1)               # [B, N]
     return (weights @ flat).to(x_t).reshape(x_t.shape)

@@ -3,8 +3,8 @@
     python runner.py --prompt "a lake" --out lake.png
     python runner.py --check
 
-Read draw() first. Papers: Song 2021 (DDIM, eq. 12), Ho 2022 (guidance).
-Shapes: B pictures, L latent channels, h w their size, S text tokens, D text width, C H W the picture.
+Read draw() first. Papers: Song 2021 (DDIM, eq. 12), Liu 2022 (flow), Song 2023 (consistency models), Ho 2022.
+Shapes: N noises of a walk, B pictures, L latent channels, h w their size, S text tokens, C H W the picture.
 """
 
 import argparse
@@ -28,7 +28,8 @@ class Pipeline:
         self.folder = Path(folder)
         self.rules = json.loads((self.folder / "pipeline.json").read_text("utf-8"))
         self.tokenizers = [Tokenizer(self.folder / r["folder"], r) for r in self.rules["tokenizers"]]
-        self.sessions = {}
+        s, self.sessions = self.rules["schedule"], {}
+        self.alpha_bar = np.float32([*s.get("alphas_cumprod", ()), s.get("final_alpha_cumprod", 1)])
 
     def run(self, name, *inputs):
         """The outputs of a graph, in order."""
@@ -58,26 +59,32 @@ class Pipeline:
 
     # ---- the walk from noise to a picture
 
-    def timesteps(self, steps):
-        """The training timesteps to visit, from high to low, and the stride to what lies below each."""
-        s, T = self.rules["schedule"], len(self.rules["schedule"]["alphas_cumprod"])
+    def walk(self, steps):
+        """The timesteps to visit, from high to low, each with the one that its step leads to."""
+        s = self.rules["schedule"]
+        if s["sampler"] == "euler":                     # T sigma, sigma from 1 to 0
+            even = np.linspace(1, 0, steps + 1, dtype=np.float32)
+            times = s["T"] * (s["shift"] * even / (1 + (s["shift"] - 1) * even))
+            return list(zip(times, times[1:]))
+        T = len(s["alphas_cumprod"])
+        if s["sampler"] == "lcm":                       # some of those that the distillation knew
+            known = [i * (T // s["known"]) - 1 for i in range(s["known"], 0, -1)]
+            chosen = [known[int(i * (len(known) / steps))] for i in range(steps)]
+            return list(zip(chosen, [*chosen[1:], -1]))
         if s["spacing"] == "linspace":
             chosen = [round(i * (T - 1) / max(steps - 1, 1)) for i in range(steps)][::-1]
         elif s["spacing"] == "leading":
             chosen = [i * (T // steps) + s["offset"] for i in range(steps)][::-1]
         else:
             chosen = [round(T - i * (T - (T - T / steps))) - 1 for i in range(steps)]
-        return chosen, T // steps
+        return [(t, max(t - T // steps, -1)) for t in chosen]
 
-    def alpha_bar(self, t):
-        """The share of the picture that is left at timestep t, as float32."""
-        s = self.rules["schedule"]
-        return np.float32(s["alphas_cumprod"][t] if t >= 0 else s["final_alpha_cumprod"])
-
-    def step(self, output, x, t, stride):
-        """x_t [B, L, h, w] and the UNet's output -> x_{t - stride} (Song 2021, eq. 12)."""
+    def step(self, output, x, t, below, noise):
+        """x_t [B, L, h, w], the UNet's output, and noise where the sampler takes it -> x at `below`."""
         s, one = self.rules["schedule"], np.float32(1)
-        now, then = self.alpha_bar(t), self.alpha_bar(t - stride)
+        if s["sampler"] == "euler":
+            return x + np.float32((below - t) / s["T"]) * output
+        now, then = self.alpha_bar[t], self.alpha_bar[below]
         a, sigma = np.sqrt(now), np.sqrt(one - now)
         if s["prediction_type"] == "v_prediction":
             x0, eps = a * x - sigma * output, a * output + sigma * x
@@ -87,22 +94,28 @@ class Pipeline:
             x0, eps = (x - sigma * output) / a, output
         if s["clip"]:
             x0 = np.clip(x0, -np.float32(s["clip"]), np.float32(s["clip"]))
-        if s["eps_from_x0"]:
+        if s["sampler"] == "lcm":                       # 0.5: the data's deviation
+            scaled = t * s["timestep_scaling"]
+            x0 = np.float32(scaled / (scaled**2 + 0.25)**0.5) * x0 + np.float32(0.25 / (scaled**2 + 0.25)) * x
+            eps = noise
+        elif s["eps_from_x0"]:
             eps = (x - a * x0) / sigma
         return np.sqrt(then) * x0 + np.sqrt(one - then) * eps
 
     def predict(self, x, t, conditions, guidance):
-        """The UNet's output for x [B, L, h, w], without prompt and with it, mixed."""
+        """The UNet's output for x [B, L, h, w], without prompt and with it, mixed; guidance 1: with it."""
+        if guidance == 1:
+            return self.run("unet", x, np.full(len(x), t), *(c[len(x):] for c in conditions))[0]
         twice = np.concatenate([x, x])
-        free, guided = np.split(self.run("unet", twice, np.full(len(twice), t, np.int64), *conditions)[0], 2)
+        free, guided = np.split(self.run("unet", twice, np.full(len(twice), t), *conditions)[0], 2)
         return free + np.float32(guidance) * (guided - free)
 
-    def noise(self, count, seed, height, width):
-        """[count, L, h, w]; picture i of a seed is the same in any batch."""
+    def noise(self, count, seed, height, width, steps):
+        """[N, count, L, h, w]: N = steps for LCM, else 1. Picture i of a seed is the same in any batch."""
         f, L = self.rules["latent"]["factor"], self.rules["latent"]["channels"]
-        shape = (L, height // f, width // f)
+        shape = (steps if self.rules["schedule"]["sampler"] == "lcm" else 1, L, height // f, width // f)
         generators = [np.random.default_rng([seed, i]) for i in range(count)]
-        return np.stack([g.standard_normal(shape, np.float32) for g in generators])
+        return np.stack([g.standard_normal(shape, np.float32) for g in generators], axis=1)
 
     def decode(self, x):
         """Latents [B, L, h, w] -> pictures [B, C, H, W] in -1..1."""
@@ -116,14 +129,14 @@ class Pipeline:
         return self.run("upscaler", pictures)[0] if "upscaler" in self.rules["graphs"] else pictures
 
     def draw(self, prompts, noise, steps, guidance, progress=lambda done: None):
-        """Prompts and noise [B, L, h, w] -> pictures [B, C, H, W] in -1..1."""
-        x, f = noise, self.rules["latent"]["factor"]
+        """Prompts and noise [N, B, L, h, w] -> pictures [B, C, H, W] in -1..1."""
+        x, f = noise[0], self.rules["latent"]["factor"]
         conditions = self.conditions(prompts, x.shape[2] * f, x.shape[3] * f)
         self.sessions.pop("text_encoder")                               # its memory is needed now
-        timesteps, stride = self.timesteps(steps)
-        for i, t in enumerate(timesteps):
-            x = self.step(self.predict(x, t, conditions, guidance), x, t, stride)
-            progress(i + 1)
+        guidance = guidance if self.rules["guidance"]["free"] else 1   # what is distilled keeps to its own
+        for i, (t, below) in enumerate(self.walk(steps), start=1):
+            x = self.step(self.predict(x, t, conditions, guidance), x, t, below, noise[i % len(noise)])
+            progress(i)
         return self.decode(x)
 
 
@@ -144,29 +157,19 @@ def png(picture):
 def check(p):
     """Every stage on its golden input beside its golden output: True if all agree."""
     golden = {file.stem: np.load(file) for file in (p.folder / "golden").glob("*.npy")}
-    rules, good = p.rules["golden"], True
-    for number, ids in enumerate(p.tokens(["", rules["prompt"]])):
-        same = np.array_equal(ids, golden[f"tokens_{number}"])
-        print(f"tokens_{number:<15} {'equal' if same else 'DIFFERENT'}")
-        good = good and same
-    timesteps, stride = p.timesteps(rules["steps"])
-    stages = {"step": [p.step(golden["guided"], golden["noise"], timesteps[0], stride)]}
+    rules, noise, good = p.rules["golden"], golden["noise"], True
+    found = {f"tokens_{i}": ids for i, ids in enumerate(p.tokens(["", rules["prompt"]]))}
     for name, graph in p.rules["graphs"].items():
-        stages[name] = p.run(name, *(golden[f"{name}.{i}"] for i in graph["inputs"]))
-    drawn = p.draw([rules["prompt"]], golden["noise"], rules["steps"], rules["guidance"])
-    stages["picture"] = [drawn]
-    for name, found in stages.items():
-        outputs = p.rules["graphs"][name]["outputs"] if name in p.rules["graphs"] else [""]
-        for key, value in zip(outputs, found):
-            wanted = golden[f"{name}.{key}" if key else name]
-            error = np.abs(value - wanted).max() / max(np.abs(wanted).max(), 1e-12)
-            if name == "picture":                                       # many steps: in grey levels of 255
-                error = np.abs(value - wanted).max() * 127.5
-                text, fits = f"{error:.2g} grey levels", error <= 2
-            else:
-                text, fits = f"{error:.2g} relative", error <= rules["tolerance"]
-            print(f"{name + '.' * bool(key) + key:<22} {text}{'' if fits else '  TOO FAR'}")
-            good = good and fits
+        outputs = p.run(name, *(golden[f"{name}.{key}"] for key in graph["inputs"]))
+        found |= {f"{name}.{key}": value for key, value in zip(graph["outputs"], outputs)}
+    found["step"] = p.step(golden["guided"], noise[0], *p.walk(rules["steps"])[0], noise[1 % len(noise)])
+    found["picture"] = p.draw([rules["prompt"]], noise, rules["steps"], rules["guidance"])
+    for name, value in found.items():
+        error, grey = np.abs(value - golden[name]).max(), name == "picture"
+        error *= 127.5 if grey else 1 / max(np.abs(golden[name]).max(), 1e-12)
+        fits = error <= (2 if grey else 0 if value.dtype == np.int64 else rules["tolerance"])
+        print(f"{name:<22} {error:.2g} {'grey levels' if grey else 'relative'}{'' if fits else '  TOO FAR'}")
+        good = good and fits
     return bool(good)
 
 
@@ -176,17 +179,16 @@ def main():
     parser.add_argument("--out", default="picture.png", help="a PNG, written over (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="default: pipeline.json's")
     parser.add_argument("--guidance", type=float, help="default: pipeline.json's")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--size", help="HxW in pixels, if the graphs take any (default: pipeline.json's)")
     parser.add_argument("--check", action="store_true", help="compare every stage with its golden vector")
-    a, p = parser.parse_args(), Pipeline()
+    a, p, start = parser.parse_args(), Pipeline(), time.perf_counter()
     if a.check:
         return 0 if check(p) else 1
-    start, defaults = time.perf_counter(), p.rules["defaults"]
     height, width = map(int, a.size.split("x")) if a.size else p.rules["size"]
-    steps = a.steps or defaults["steps"]
-    guidance = defaults["guidance"] if a.guidance is None else a.guidance
-    picture = p.draw([a.prompt], p.noise(1, a.seed, height, width), steps, guidance,
+    steps = min(a.steps or p.rules["defaults"]["steps"], p.rules["schedule"]["most_steps"])
+    guidance = p.rules["defaults"]["guidance"] if a.guidance is None else a.guidance
+    picture = p.draw([a.prompt], p.noise(1, a.seed, height, width, steps), steps, guidance,
                      lambda done: print(f"step {done}/{steps}", file=sys.stderr))
     Path(a.out).write_bytes(png(picture[0]))
     print(f"{a.out}: {picture.shape[3]} x {picture.shape[2]}, {time.perf_counter() - start:.1f} s")

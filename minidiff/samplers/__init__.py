@@ -1,5 +1,5 @@
 """The samplers, by upstream's names. Read in this order: ddpm, base, ddim, pndm, euler,
-euler_ancestral, dpmsolver, lcm."""
+euler_ancestral, dpmsolver, lcm, flow_match."""
 
 from minidiff.samplers.base import SchedulerOutput
 from minidiff.samplers.ddim import DDIMScheduler
@@ -7,6 +7,7 @@ from minidiff.samplers.ddpm import DDPMScheduler
 from minidiff.samplers.dpmsolver import DPMSolverMultistepScheduler
 from minidiff.samplers.euler import EulerDiscreteScheduler
 from minidiff.samplers.euler_ancestral import EulerAncestralDiscreteScheduler
+from minidiff.samplers.flow_match import FlowMatchEulerDiscreteScheduler
 from minidiff.samplers.lcm import LCMScheduler, LCMSchedulerOutput
 from minidiff.samplers.pndm import PNDMScheduler
 
@@ -16,6 +17,7 @@ __all__ = [
     "DPMSolverMultistepScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
     "LCMScheduler",
     "LCMSchedulerOutput",
     "PNDMScheduler",

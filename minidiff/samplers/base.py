@@ -22,7 +22,7 @@ from torch import Tensor
 from miniclip.config import ConfigError
 from miniclip.output import ModelOutput
 from minidiff.habits import EULER_LEFT_OUT
-from minidiff.schedule import ScheduleConfig, Scheduler, spaced_timesteps
+from minidiff.schedule import SamplerConfig, ScheduleConfig, Scheduler, spaced_timesteps
 
 
 @dataclass
@@ -105,27 +105,22 @@ def interpolate(table: Sequence[float], at: float) -> float:
     return (table[j + 1] - table[j]) * (at - j) + table[j]
 
 
-class SigmaScheduler(Scheduler):
-    """Base of the samplers that walk a list of levels `sigmas` [n + 1] (float32, on the CPU), one a step.
+class SigmaWalk:
+    """Mixin of the samplers that walk a list of levels `sigmas` [n + 1] (float32), one a step.
 
     `step` finds its place by the first timestep it is given, or by `set_begin_index`, and counts from there.
     """
 
+    config: SamplerConfig
+    timesteps: Tensor
     sigmas: Tensor
     step_index: int | None = None
     begin_index: int | None = None
 
-    def __init__(self, config: ScheduleConfig | None = None, *by_place: Any, **fields: Any):
-        super().__init__(config, *by_place, **fields)
+    def _check_spacings(self) -> None:
         spacings = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
         if sum(bool(getattr(self.config, name, False)) for name in spacings) > 1:
             raise ConfigError(f"only one of {', '.join(spacings)} can be used")
-        if getattr(self.config, "rescale_betas_zero_snr", False):
-            self.alphas_cumprod[-1] = 2**-24  # not 0, so that the first sigma is finite (2^12)
-        # sqrt((1 - alpha_bar) / alpha_bar) for t = 0 .. T-1
-        self.train_sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5
-        self.timesteps = self.timesteps.float()
-        self.sigmas = torch.cat([self.train_sigmas.flip(0), torch.zeros(1)])
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Where the walk starts: image-to-image skips the first levels."""
@@ -149,14 +144,12 @@ class SigmaScheduler(Scheduler):
             raise IndexError(f"all {len(self.sigmas) - 1} steps are done: call set_timesteps to start again")
         return self.step_index
 
-    def _set_levels(self, timesteps: Sequence[float], sigmas: Sequence[float], device: Any,
-                    dtype: torch.dtype) -> None:
-        self.timesteps = torch.tensor(timesteps, dtype=dtype).to(device)
-        self.sigmas = torch.tensor(sigmas, dtype=torch.float32)
-        self.step_index = self.begin_index = None
-
-    def _last_sigma(self) -> float:
-        return self.train_sigmas[0].item() if self.config.final_sigmas_type == "sigma_min" else 0.0
+    def _at(self, timestep: Tensor | float) -> int:
+        """The place in the walk; a whole number is refused, since it may be meant as an index."""
+        whole_tensor = isinstance(timestep, Tensor) and not timestep.is_floating_point()
+        if isinstance(timestep, int) or whole_tensor:
+            raise ValueError(f"timestep {timestep} is a whole number: pass an entry of scheduler.timesteps")
+        return self._start(timestep)
 
     def _respace(self, levels: Sequence[float], n: int) -> list[float] | None:
         """n levels between the ends of `levels` in the spacing that the config names;
@@ -170,17 +163,6 @@ class SigmaScheduler(Scheduler):
             return exponential_sigmas(high, low, n)
         return beta_sigmas(high, low, n) if c.use_beta_sigmas else None
 
-    def _sigma_to_t(self, sigma: float) -> float:
-        """The timestep, between two training timesteps, whose sigma this is;
-        log sigma is taken as linear between."""
-        log_sigmas = self.train_sigmas.log()
-        log_sigma = math.log(max(sigma, 1e-10))
-        below = [i for i, level in enumerate(log_sigmas.tolist()) if level <= log_sigma]
-        low = min(below[-1] if below else 0, len(log_sigmas) - 2)
-        gap = (log_sigmas[low] - log_sigmas[low + 1]).item()
-        w = min(max((log_sigmas[low].item() - log_sigma) / gap, 0.0), 1.0)
-        return (1 - w) * low + w * (low + 1)
-
     def sigma_at(self, timesteps: Tensor, x: Tensor) -> Tensor:
         """The levels of schedule timesteps [B], shaped to multiply x;
         all at the walk's place once it has one."""
@@ -191,6 +173,40 @@ class SigmaScheduler(Scheduler):
             places = [self.begin_index if self.step_index is None else self.step_index] * len(timesteps)
         sigma = self.sigmas[places].to(device=x.device, dtype=x.dtype)
         return sigma.reshape(-1, *[1] * (x.ndim - 1))
+
+
+class SigmaScheduler(SigmaWalk, Scheduler):
+    """Base of the samplers of diffusion models that walk levels; `sigmas` stays on the CPU."""
+
+    def __init__(self, config: ScheduleConfig | None = None, *by_place: Any, **fields: Any):
+        super().__init__(config, *by_place, **fields)
+        self._check_spacings()
+        if getattr(self.config, "rescale_betas_zero_snr", False):
+            self.alphas_cumprod[-1] = 2**-24  # not 0, so that the first sigma is finite (2^12)
+        # sqrt((1 - alpha_bar) / alpha_bar) for t = 0 .. T-1
+        self.train_sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5
+        self.timesteps = self.timesteps.float()
+        self.sigmas = torch.cat([self.train_sigmas.flip(0), torch.zeros(1)])
+
+    def _set_levels(self, timesteps: Sequence[float], sigmas: Sequence[float], device: Any,
+                    dtype: torch.dtype) -> None:
+        self.timesteps = torch.tensor(timesteps, dtype=dtype).to(device)
+        self.sigmas = torch.tensor(sigmas, dtype=torch.float32)
+        self.step_index = self.begin_index = None
+
+    def _last_sigma(self) -> float:
+        return self.train_sigmas[0].item() if self.config.final_sigmas_type == "sigma_min" else 0.0
+
+    def _sigma_to_t(self, sigma: float) -> float:
+        """The timestep, between two training timesteps, whose sigma this is;
+        log sigma is taken as linear between."""
+        log_sigmas = self.train_sigmas.log()
+        log_sigma = math.log(max(sigma, 1e-10))
+        below = [i for i, level in enumerate(log_sigmas.tolist()) if level <= log_sigma]
+        low = min(below[-1] if below else 0, len(log_sigmas) - 2)
+        gap = (log_sigmas[low] - log_sigmas[low + 1]).item()
+        w = min(max((log_sigmas[low].item() - log_sigma) / gap, 0.0), 1.0)
+        return (1 - w) * low + w * (low + 1)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x = x0 + sigma eps (Karras 2022). Pictures [B, ...], timesteps [B] out of `self.timesteps`."""
@@ -228,10 +244,3 @@ class EulerBase(SigmaScheduler):
         if c.timestep_spacing == "linspace":
             return linspace(0, T - 1, n)[::-1]
         return [float(t) for t in spaced_timesteps(c.timestep_spacing, n, T, c.steps_offset)]
-
-    def _at(self, timestep: Tensor | float) -> int:
-        """The place in the walk; a whole number is refused, since it may be meant as an index."""
-        whole_tensor = isinstance(timestep, Tensor) and not timestep.is_floating_point()
-        if isinstance(timestep, int) or whole_tensor:
-            raise ValueError(f"timestep {timestep} is a whole number: pass an entry of scheduler.timesteps")
-        return self._start(timestep)

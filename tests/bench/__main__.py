@@ -1,81 +1,150 @@
-"""Speed and memory beside diffusers, turn and turn about in one run: make bench.
-Ratios first: machines are noisy."""
+"""Ours beside diffusers, transformers, open_clip, OpenVINO and ONNX Runtime: make bench.
+
+    python -m tests.bench                           # all rows, in some hours; or some of them:
+    python -m tests.bench unet1 vae --out docs/benchmarks.md
+
+Writes each row, as soon as it is measured, to a page and the .json beside it; docs/benchmarks.md says how it
+measures. A row whose answers disagree, or that fails, is not written; the others are. Linux: memory is read
+from /proc.
+"""
 
 from __future__ import annotations
 
-import statistics
-import subprocess
+import argparse
+import datetime
+import gc
+import importlib.metadata
+import importlib.util
+import os
+import platform
 import sys
-import time
-from collections.abc import Callable
+import tempfile
+import traceback
+from functools import partial
+from pathlib import Path
 
-import diffusers
 import torch
 
-from minidiff import UNet2DConditionModel
+from tests.bench import measure
+from tests.bench.engines import OURS, child, export, peak_of
+from tests.bench.fresh import Import, Load
+from tests.bench.models import Clip, Decoder, Unet
+from tests.bench.page import TARGETS, store
+from tests.bench.whole import Demo, Picture, Train
 
-DEMO = {"in_channels": 4, "out_channels": 4, "block_out_channels": (32, 64, 128), "layers_per_block": 1,
-        "down_block_types": ("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"), "cross_attention_dim": 128,
-        "attention_head_dim": (1, 2, 4), "norm_num_groups": 8, "use_linear_projection": True}
-SD_SMALL = {"block_out_channels": (64, 128, 256, 256), "cross_attention_dim": 256, "norm_num_groups": 16}
-
-
-def compare(name: str, ours: Callable[[], float], theirs: Callable[[], float], unit: str,
-            rounds: int = 7) -> None:
-    """Medians of alternating runs after one warm-up each; the ratio is the median of the pairs' ratios."""
-    ours(), theirs()
-    pairs = [(ours(), theirs()) for _ in range(rounds)]
-    ratio = statistics.median(a / b for a, b in pairs)
-    mine, other = (statistics.median(column) for column in zip(*pairs, strict=True))
-    print(f"{name:44} ours/theirs {ratio:5.2f}   {mine:9.3f} {unit} / {other:9.3f} {unit}", flush=True)
+ROWS = {"unet1": partial(Unet, batch=1), "unet2": partial(Unet, batch=2),
+        "picture": partial(Picture, size=512), "picture256": partial(Picture, size=256),
+        "train": Train, "demo": Demo, "vae": Decoder, "clip1": partial(Clip, batch=1),
+        "clip32": partial(Clip, batch=32), "import": Import, "load": Load}
+assert ROWS.keys() == TARGETS.keys()
+PACKAGES = {"torch": "torch", "diffusers": "diffusers", "transformers": "transformers",
+            "open_clip_torch": "open_clip", "openvino": "openvino", "onnxruntime": "onnxruntime",
+            "onnx": "onnx", "onnxscript": "onnxscript", "safetensors": "safetensors"}
 
 
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+def main() -> int:
+    args = parse()
+    torch.set_num_threads(args.threads)
+    torch.set_grad_enabled(False)
+    if args.export or args.peak:
+        return one_engine(args)
+    missing = [name for name, module in PACKAGES.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        print(f"not installed: {', '.join(missing)} (make bench installs the extra 'bench'; onnxruntime "
+              "needs Python 3.11)", file=sys.stderr)
+        return 1
+    os.environ["TQDM_DISABLE"] = "1"                    # progress bars between the lines
+    failed = []
+    for name in args.rows or ROWS:
+        try:
+            with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-") as folder:
+                store(args.out, name, run(name, args, Path(folder)))
+        except Exception as error:                      # of any of six libraries; the next row does not mind
+            if args.traceback:
+                traceback.print_exc()
+            line = (str(error).strip() or "-").splitlines()[0][:200]
+            print(f"{name}: {type(error).__name__}: {line}", file=sys.stderr)
+            failed.append(name)
+    if failed:
+        print(f"no row of {', '.join(failed)}", file=sys.stderr)
+    return bool(failed)
 
 
-def step(model: torch.nn.Module, inputs: tuple, train: bool) -> Callable[[], float]:
-    def work() -> None:
-        with torch.set_grad_enabled(train):
-            out = model(*inputs).sample
-        if train:
-            out.square().mean().backward()
-
-    return lambda: seconds(work)
-
-
-def unets(name: str, config: dict, batch: int, size: int, tokens: int) -> None:
-    torch.manual_seed(0)
-    theirs, ours = diffusers.UNet2DConditionModel(**config), UNet2DConditionModel(**config)
-    ours.load_state_dict(theirs.state_dict())
-    inputs = (torch.randn(batch, 4, size, size), 500,
-              torch.randn(batch, tokens, config["cross_attention_dim"]))
-    for train in (False, True):
-        what = "forward + backward" if train else "forward"
-        compare(f"{name}, {what}", step(ours, inputs, train), step(theirs, inputs, train), "s")
-    fast = (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
-    ours.to(memory_format=torch.channels_last)
-    compare(f"{name}, forward + backward, channels last", step(ours, fast, True), step(theirs, inputs, True),
-            "s")
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", choices=[*ROWS, []], metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=0, help="pairs; by default each row's own number")
+    parser.add_argument("--steps", type=int, default=0, help="of picture and demo; by default 20 and 30")
+    parser.add_argument("--only", nargs="*", help="peers with names that begin so")
+    parser.add_argument("--folder", type=Path,
+                        help="where 8 GB may be written for a while; by default TMPDIR")
+    parser.add_argument("--traceback", action="store_true", help="where a row fails, all of it")
+    parser.add_argument("--export", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
-def importing(statement: str) -> Callable[[], float]:
-    """Seconds of a fresh Python to run `statement` after torch is there."""
-    program = f"import torch, time; t = time.perf_counter(); {statement}; print(time.perf_counter() - t)"
-    return lambda: float(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
-                                        check=True).stdout)
+def one_engine(args: argparse.Namespace) -> int:
+    """In a process of its own: export a model, or tell how much memory an engine takes."""
+    row = ROWS[args.rows[0]](args.rows[0], args.folder, bool(args.peak), args.steps)
+    print(peak_of(row, args.peak) if args.peak else export(row, args.export))
+    return 0
 
 
-def main() -> None:
-    print(f"torch {torch.__version__}, diffusers {diffusers.__version__}, {torch.get_num_threads()} threads")
-    compare("import of the UNet", importing("from minidiff import UNet2DConditionModel"),
-            importing("from diffusers import UNet2DConditionModel"), "s", rounds=3)
-    unets("demo UNet, 20 x 4 x 32 x 32", DEMO, batch=20, size=32, tokens=5)
-    unets("quarter-width SD 1.5, 2 x 4 x 64 x 64", SD_SMALL, batch=2, size=64, tokens=77)
+def run(name: str, args: argparse.Namespace, folder: Path) -> dict:
+    """Measures a row: ours beside one peer after the other, so that no more than two are in memory."""
+    row = ROWS[name](name, folder, False, args.steps)
+    print(f"{name}: {row.title}", flush=True)
+    peers = [engine for engine in row.engines[1:] if engine.startswith(tuple(args.only or [""]))]
+    for peer in peers:
+        row.prepare(peer)
+    ours, compared, held = row.build(OURS), {}, {}
+    for peer in peers:
+        limit = measure.LOOSE if peer in row.loose else measure.EXACT
+        theirs = row.build(peer)
+        compared[peer] = measure.alternate(ours, theirs, args.rounds or row.rounds, limit, row.warm)
+        del theirs
+        torch._dynamo.reset()                           # it keeps what it compiled
+        gc.collect()
+        print_pair(peer, compared[peer])
+    found = measure.row(compared, row.flops)
+    del ours
+    if row.peaks:
+        row.kept = None
+        held = {engine: float(child(row, "--peak", engine)) for engine in (OURS, *compared)
+                if "compiled" not in engine}            # the compiler would be measured
+        print(f"    GB: {', '.join(f'{engine} {gb:.2f}' for engine, gb in held.items())}", flush=True)
+    for engine, gb in held.items():
+        next((p for p in found["peers"] if p["name"] == engine), found["ours"])["memory"] = gb
+    return {"title": row.title, **found, "date": datetime.date.today().isoformat(), "machine": machine()}
+
+
+def machine() -> dict:
+    """What the seconds depend on."""
+    return {"cpu": cpu(), "threads": torch.get_num_threads(),
+            "versions": {"Python": platform.python_version(),
+                         **{name: importlib.metadata.version(name) for name in PACKAGES}}}
+
+
+def cpu() -> str:
+    """Its model, and which instructions torch uses."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+                 platform.processor())
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def print_pair(peer: str, compared: measure.Compared) -> None:
+    """One line, of what is known so far."""
+    found = measure.row({peer: compared}, None)
+    theirs, = found["peers"]
+    print(f"    {peer:28} ours {found['ours']['cpu']:8.3f} s CPU, {found['ours']['wall']:8.3f} s; theirs "
+          f"{theirs['cpu']:8.3f}, {theirs['wall']:8.3f}; ratio {theirs['cpu_ratio']:5.2f}, "
+          f"{theirs['wall_ratio']:5.2f}; difference {theirs['difference']:.0e}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,13 +17,15 @@ from minidiff import samplers
 from minidiff.__main__ import SAMPLERS as FLAGS
 from minidiff.__main__ import arguments, load
 from minidiff.pipeline import StableDiffusionPipeline
+from minidiff.pipeline_folder import SCHEDULERS
 from tests.parity.test_pipeline import family, run
 
 diffusers = pytest.importorskip("diffusers")
 logging.getLogger("diffusers").setLevel(logging.ERROR)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-NAMES = [name for name in samplers.__all__ if name.endswith("Scheduler")]
+ALL = [name for name in samplers.__all__ if name.endswith("Scheduler")]
+NAMES = list(SCHEDULERS)            # those that pipelines of Stable Diffusion take, here and in diffusers
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 # what the files of early SD 1, of SD 1.5, of SDXL and of a zero-SNR model say
 GIVEN = {"early": BETAS, "sd15": {**BETAS, "steps_offset": 1},
@@ -105,11 +107,11 @@ def test_by_a_folder_and_by_flag(folder, tmp_path, source, given):
 
 
 @pytest.mark.parametrize("given", GIVEN)
-@pytest.mark.parametrize("first", NAMES)
+@pytest.mark.parametrize("first", ALL)
 def test_chains(tmp_path, first, given):
     """Three samplers in a row, once directly and once with a file between; and back to the first."""
     given = accepted(first, GIVEN[given])
-    for second, third in itertools.product(NAMES, NAMES):
+    for second, third in itertools.product(ALL, ALL):
         found = []
         for library, folder in ((samplers, tmp_path / "ours"), (diffusers, tmp_path / "theirs")):
             start = made(library, first, given)
@@ -123,11 +125,11 @@ def test_chains(tmp_path, first, given):
             assert_same_walk(ours, theirs)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_across_libraries(name):
     """diffusers' from_config takes our config, and ours theirs."""
     for given in GIVEN.values():
-        for target in NAMES:
+        for target in ALL:
             ours = made(samplers, name, accepted(name, given))
             theirs = made(diffusers, name, accepted(name, given))
             there = getattr(diffusers, target).from_config(ours.config)

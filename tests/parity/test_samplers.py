@@ -1,4 +1,5 @@
-"""The samplers against diffusers' over random points of the grid of all their arguments.
+"""The samplers of diffusion against diffusers' over random points of the grid of all their arguments;
+test_flow_match.py holds the one of flow.
 
 A stand-in for the UNet answers from (x, t), the same for both; every step's sample is compared.
 `SMALL` is float32 rounding; sigma tables are equal to a unit in the last place,
@@ -15,7 +16,6 @@ import pytest
 import torch
 
 from minidiff import samplers
-from minidiff.samplers.ddpm import DDPMScheduler
 from tests.parity.test_pipeline import family, run
 
 diffusers = pytest.importorskip("diffusers")
@@ -279,18 +279,19 @@ def test_given_noise_and_lists_of_generators(name):
 
 
 ALL = ["DDPMScheduler", *GRID]
+FLOW = "FlowMatchEulerDiscreteScheduler"
 
 
-@pytest.mark.parametrize(("source", "target"), list(itertools.permutations(ALL, 2)))
+@pytest.mark.parametrize(("source", "target"), list(itertools.permutations([*ALL, FLOW], 2)))
 def test_from_config_across_samplers(source, target):
     """As users do: DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)."""
     stable_diffusion = {
         "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
     }  # fmt: skip
     for config in (stable_diffusion, {}, {"timestep_spacing": "leading", "num_train_timesteps": 500}):
-        ours = {"DDPMScheduler": DDPMScheduler, **{n: getattr(samplers, n) for n in GRID}}
-        a = ours[target].from_config(ours[source](**config).config)
-        b = getattr(diffusers, target).from_config(getattr(diffusers, source)(**config).config)
+        given = {k: v for k, v in config.items() if k in getattr(diffusers, source)().config}
+        a = getattr(samplers, target).from_config(getattr(samplers, source)(**given).config)
+        b = getattr(diffusers, target).from_config(getattr(diffusers, source)(**given).config)
         for field in set(a.config) & set(b.config) - {"_use_default_values"}:
             theirs = b.config[field]
             assert a.config[field] == (tuple(theirs) if isinstance(theirs, list) else theirs), field
@@ -319,7 +320,7 @@ REWORDED = {"from_config", "from_pretrained", "load_config"}
 UNREAD = {"args", "kwargs", "options"}      # upstream's catch arguments of earlier versions
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, FLOW])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_every_public_name_is_here_or_says_why_not(name):
     ours, theirs = build(name, {})

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import miniclip.export
 import minidiff.export
-from miniclip.graphs import Graph, outputs_of, relative_error, to_int8
+from miniclip.graphs import Graph, outputs_of, relative_error, with_int8
 from tests.parity_export.models import CLIPS, DIFFUSION, MAKERS
 
 # batch, height, width, tokens; None: as traced
@@ -33,7 +33,7 @@ def graphs_of(name: str, folder: Path, format: str) -> dict[str, Graph]:
             minidiff.export.in_int8(model)
         return minidiff.export.plan_of(model, None).graphs
     model = miniclip.export.open_model(str(folder), None, None)
-    model.model = to_int8(model.model)[0] if format == "int8" else model.model
+    model.model = with_int8(model.model)[0] if format == "int8" else model.model
     return miniclip.export.graphs_of(model)
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from miniclip.files import shown
+
 from ..errors import DataError, UserError
 from .batches import from_dataset, preview
 from .folder import CaptionedImages
@@ -122,9 +124,9 @@ def matching(values: list[str], name: str, value: str) -> list[bool]:
     """Which rows have the value; neither none nor all of them may."""
     held_out = [v == value for v in values]
     if not any(held_out) or all(held_out):
-        known = ", ".join(list(dict.fromkeys(values))[:10])
+        known = shown(list(dict.fromkeys(values))[:10])
         raise UserError(f"--hold-out {name}={value}: leaves nothing to "
-                        f"{'test' if not any(held_out) else 'train'}; {name} holds {known:.200}")
+                        f"{'test' if not any(held_out) else 'train'}; {name} holds {known}")
     return held_out
 
 

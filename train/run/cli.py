@@ -173,7 +173,7 @@ def settings_of(out: Path, settings_class: type) -> dict[str, Any]:
     fields, values = {f.name: f for f in dataclasses.fields(settings_class)}, read_settings(out)
     for name, value in values.items():
         if name not in fields:
-            raise UserError(f"--resume: {path}: {name:.200} is no setting of {module_of(settings_class)}; "
+            raise UserError(f"--resume: {path}: {shown(name)} is no setting of {module_of(settings_class)}; "
                             "is this a run of another script?")
         if problem := problem_with(value, hints[name], fields[name].metadata):
             raise UserError(f"--resume: {path}: {name} = {shown(value)}: {problem}")
@@ -181,12 +181,13 @@ def settings_of(out: Path, settings_class: type) -> dict[str, Any]:
 
 
 def read_settings(out: Path, **needed: type) -> dict[str, Any]:
-    """The settings in a run folder's config.json: texts, numbers, true and false. needed: those that have to
-    be there, and their types. Raises WeightsError that names file, setting and value."""
+    """The settings in a run folder's config.json: one-line texts, numbers, true and false. needed: those that
+    have to be there, and their types. Raises WeightsError that names file, setting and value."""
     path, values = out / "config.json", read_json(out / "config.json")
     for name, value in values.items():
         number = type(value) in (int, float) and abs(value) <= MAX_SEED
-        if not (number or isinstance(value, (str, bool, type(None))) and len(str(value)) <= MAX_TEXT):
+        text = isinstance(value, str) and len(value) <= MAX_TEXT and value.isprintable()
+        if not (number or text or isinstance(value, (bool, type(None)))):
             raise WeightsError(f"{path}: {shown(name)} = {shown(value)}: no setting has such a value")
     for name, kind in needed.items():
         if type(values.get(name)) is not kind:

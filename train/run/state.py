@@ -191,8 +191,8 @@ class TrainState:
         for name, value in self.config.items():
             if name not in may_change and saved["config"].get(name, value) != value:
                 was = saved["config"][name]
-                raise UserError(f"--resume: this run was trained with {name} = {was!s:.200}, not "
-                                f"{value}")
+                raise UserError(f"--resume: this run was trained with {name} = {shown(was)}, not "
+                                f"{shown(value)}")
         if saved.get("data", self.data) != self.data:
             raise UserError(f"--resume: the data is not what this run was trained on "
                             f"({shown(saved['data'])}, now {self.data})")
