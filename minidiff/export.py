@@ -215,7 +215,7 @@ def schedule_rules(scheduler: Sampler, eps_from_x0: bool) -> dict[str, Any]:
     """What flow's Euler, LCM and, for all others, DDIM need: the table and how it is walked."""
     c = scheduler.config
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        if c != type(c)(num_train_timesteps=len(scheduler), shift=c.shift):
+        if vars(c) != vars(type(c)(num_train_timesteps=len(scheduler), shift=c.shift)):
             raise ValueError("--model: a flow whose scheduler's config has more than its own "
                              "num_train_timesteps and shift is not exported")
         return {"sampler": "euler", "T": len(scheduler), "shift": c.shift, "most_steps": len(scheduler)}

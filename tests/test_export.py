@@ -192,8 +192,8 @@ def test_runs_of_other_objectives_draw_what_pytorch_draws(name: str) -> None:
     scheduler = straight_paths() if name == "flow" else LCMScheduler(
         prediction_type="v_prediction", original_inference_steps=5, clip_sample=True)
     torch.manual_seed(0)
-    model = build_text_to_image(Preset((16, 32), (False, True), 1, 32, 1), ImageFormat(16, 1, 2), ["春", "滿"],
-                                scheduler)
+    preset = Preset((16, 32), (False, True), 1, 32, 1)
+    model = build_text_to_image(preset, ImageFormat(16, 1, 2), ["春", "滿"], scheduler)
     plan = export.plan_run(model, None)
     vectors = export.golden_vectors(plan)
     pipeline = walker(plan.rules["schedule"])
