@@ -24,6 +24,7 @@ RUN := $(BIN)/python
 DEMO_OUT ?= out/calligraphy
 CLIP_OUT ?= out/herbs
 STROKES_OUT ?= out/strokes
+EXPORTS ?= tests/parity_export
 
 # train and data under these names from any folder: --editable knows the packages only
 ON_PATH = import os, pathlib, sysconfig; pathlib.Path(sysconfig.get_path('purelib'), 'checkout.pth').write_text(os.getcwd())
@@ -82,7 +83,7 @@ $(VENV)/export.stamp: $(VENV)/test.stamp
 	$(RUN) -c "open('$@', 'w')"
 
 parity-export: $(VENV)/export.stamp
-	$(RUN) -m pytest tests/parity_export
+	$(RUN) -m pytest $(EXPORTS)
 
 faults: $(VENV)/test.stamp
 	$(RUN) -m tests.faults

@@ -15,6 +15,22 @@ from tests.parity_export.models import DIFFUSION, MAKERS
 ERRORS: dict[tuple[str, ...], float] = defaultdict(float)   # (model, format, graph, runtime) -> the largest
 
 
+SHORT = {"run", "clip"}                                     # the kinds of model that --short leaves
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--short: one kind of each pipeline, onnx and int8."""
+    parser.addoption("--short", action="store_true", help="one kind of each pipeline, onnx and int8")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what --short does."""
+    if config.getoption("--short"):
+        named = [(item, getattr(item, "callspec", None)) for item in items]
+        items[:] = [item for item, spec in named if spec and spec.params.get("name") in SHORT
+                    and spec.params.get("format") != "pt2"]
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory):
     """folders(model, format) -> the model's folder and its export."""

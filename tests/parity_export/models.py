@@ -15,6 +15,9 @@ from miniclip.model import CLIPModel
 from miniclip.resnet import CLIPResNetModel
 from miniclip.tokenizer import CLIPTokenizer
 from miniclip.wordpiece import BertTokenizer
+from minidiff.objective import straight_paths
+from minidiff.samplers import LCMScheduler
+from minidiff.schedule import Sampler
 from minidiff.text_to_image import ImageFormat, build_text_to_image
 from minidiff.text_to_image import Preset as WriterPreset
 from minidiff.upscaler import build_upscaler
@@ -33,6 +36,22 @@ def run(folder: Path) -> None:
     model = build_text_to_image(preset, ImageFormat(16, 1, 2), CAPTIONS)
     model.upscaler = build_upscaler(1)
     model.save(folder)
+
+
+def flow_run(folder: Path) -> None:
+    """A run that learned rectified flow: its timesteps are no whole numbers."""
+    save_run(folder, straight_paths())
+
+
+def distilled_run(folder: Path) -> None:
+    """A run of train.distill, which draws by LCM."""
+    save_run(folder, LCMScheduler(prediction_type="v_prediction", original_inference_steps=5))
+
+
+def save_run(folder: Path, scheduler: Sampler) -> None:
+    """A run without an upscaler."""
+    preset = WriterPreset((16, 32), (False, True), 1, 32, 1)
+    build_text_to_image(preset, ImageFormat(16, 1, 2), CAPTIONS, scheduler).save(folder)
 
 
 def sd(folder: Path) -> None:
@@ -89,6 +108,6 @@ def simple_clip(folder: Path) -> None:
     build_image_text(Preset("resnet", 8, (1, 1, 1, 1), 0, 32, 1, 16), 32, CAPTIONS).save(folder)
 
 
-DIFFUSION = {"run": run, "sd": sd, "sdxl": sdxl}
+DIFFUSION = {"run": run, "flow_run": flow_run, "distilled_run": distilled_run, "sd": sd, "sdxl": sdxl}
 CLIPS = {"clip": clip, "clip_resnet": clip_resnet, "chinese_clip": chinese_clip, "simple_clip": simple_clip}
 MAKERS = {**DIFFUSION, **CLIPS}

@@ -44,15 +44,17 @@ def fits(page: Page) -> bool:
     return page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
-@pytest.mark.parametrize("format", ["onnx", "int8"])
-def test_a_run_writes_as_python_does(format: str, folders, library: Path, page: Page) -> None:
-    with served(with_library(folders("run", format)[1], library)) as address:
+@pytest.mark.parametrize("name, format, side", [("run", "onnx", 32), ("run", "int8", 32),
+                                                ("flow_run", "onnx", 16), ("distilled_run", "onnx", 16)])
+def test_a_run_writes_as_python_does(name: str, format: str, side: int, folders, library: Path,
+                                     page: Page) -> None:
+    with served(with_library(folders(name, format)[1], library)) as address:
         page.open(f"{address}/index.html#check")
         said = page.wait(f"{STATUS}?.startsWith('golden') && {STATUS}")
         assert int(said.split("at most ")[1].split()[0]) <= 2, said
         page.evaluate("document.querySelector('#known button').click()")
-        assert page.wait(f"{STATUS}.includes(' in ') && {STATUS}").startswith("人蔘: 32 × 32")
-        assert page.evaluate("document.getElementById('canvas').width") == 32 and fits(page)
+        assert page.wait(f"{STATUS}.includes(' in ') && {STATUS}").startswith(f"人蔘: {side} × {side}")
+        assert page.evaluate("document.getElementById('canvas').width") == side and fits(page)
 
 
 @pytest.mark.parametrize("name", ["clip", "chinese_clip", "simple_clip"])
