@@ -17,6 +17,7 @@ from torch import Tensor
 
 import miniclip.export
 import minidiff.export
+from miniclip import graphs
 from miniclip.graphs import Graph, outputs_of, relative_error, with_int8
 from tests.parity_export.models import CLIPS, DIFFUSION, MAKERS
 
@@ -173,3 +174,14 @@ def test_texts_and_pictures_on_the_command_line(name: str, folders, tmp_path: Pa
     done = subprocess.run([sys.executable, "runner.py", "--image", str(tmp_path / "a.png"), "--text", "人蔘",
                            "--text", "a cat"], cwd=folders(name, "onnx")[1], capture_output=True, text=True)
     assert done.returncode == 0 and "人蔘" in done.stdout and "a cat" in done.stdout, done.stderr
+
+
+def test_weights_that_do_not_fit_into_a_file_lie_beside_it(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(graphs, "MOST_INLINE", 0)
+    inputs = {"x": torch.randn(2, 300)}
+    graph = Graph(graphs.Part(torch.nn.Linear(300, 40), lambda layer, x: layer(x)), inputs,
+                  {"x": {0: "batch"}}, ["y"])
+    said = graphs.write_graph(graph, "onnx", tmp_path / "g.onnx")
+    assert (tmp_path / "g.onnx.data").stat().st_size >= 4 * 300 * 40 and said["bytes"] > 4 * 300 * 40
+    (found,) = by_onnxruntime(tmp_path / "g.onnx")([torch.ones(3, 300)])
+    assert relative_error(found, outputs_of(graph, [torch.ones(3, 300)])[0]) < 1e-5
