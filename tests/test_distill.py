@@ -25,6 +25,7 @@ from train.distill import (
 )
 from train.errors import UserError
 from train.evaluate import EvaluateConfig
+from train.run.state import EMA
 from train.sample import SampleConfig
 from train.train_diffusion import TrainConfig
 
@@ -100,9 +101,10 @@ def test_what_is_consistent_has_no_loss(run: str, monkeypatch: pytest.MonkeyPatc
 
     cfg = DistillConfig(batch=8)
     batch = draw(teacher.decode(picture), ["春 楷書"], teacher, cfg, torch.Generator().manual_seed(0))
-    assert consistency_loss(student, teacher, batch, 1.5).item() > 1e-3
+    ema = EMA(student.parameters(), 0.5)
+    assert consistency_loss(student, ema, teacher, batch, 1.5).item() > 1e-3
     monkeypatch.setattr(TextToImage, "predict", predict)
-    assert consistency_loss(student, teacher, batch, 1.5).item() < 1e-6
+    assert consistency_loss(student, ema, teacher, batch, 1.5).item() < 1e-6
 
 
 def test_points_are_those_that_lcm_draws_from(run: str) -> None:

@@ -6,7 +6,7 @@ picture before the step shall be its own guess after it. So all points of a path
 in one step. Leaves a run folder: model/, which draws by LCM, config.json, and distilled.png: 1, 2 and 4 steps
 beside the teacher's 30.
 Papers: Song 2023 (consistency distillation, Algorithm 2), Luo 2023 (with guidance, Algorithm 1; its w is
-guidance - 1), Song 2024 (pseudo-Huber loss; the student itself says its later guess, no average of it).
+guidance - 1), Song 2024 (pseudo-Huber loss).
 Shapes: N training images, B batch, L latent channels, h w latent size.
 """
 
@@ -35,7 +35,9 @@ from .optim import build_optimizers, set_learning_rate
 from .run.cli import MAX_SEED, check_flags, flag, model_folder, parse_flags, pick_device, read_settings, start
 from .run.folder import make_folder
 from .run.log import Progress
+from .run.state import EMA
 
+EMA_DECAY = 0.5             # of the student whose guess is the goal: 0 drifts, 0.95 is slow
 SMALL = 0.03                # of the pseudo-Huber loss: squares errors below it, takes larger ones as they are
 PICTURE = "distilled.png"
 SHOWN = 10                  # captions in it
@@ -72,26 +74,29 @@ def main(cfg: DistillConfig) -> None:
     generator = torch.Generator().manual_seed(cfg.seed)
     student = student_of(teacher, cfg.points)
     optimizers = build_optimizers(student, "muon", cfg.lr, cfg.muon_lr)
+    ema = EMA(student.parameters(), EMA_DECAY)
 
     progress = Progress(cfg.steps)
     for step in range(cfg.steps):
         set_learning_rate(optimizers, step, cfg.steps, warmup=10)
         batch = draw(images, data.captions, teacher, cfg, generator)
-        loss = consistency_loss(student, teacher, batch, cfg.guidance)
+        loss = consistency_loss(student, ema, teacher, batch, cfg.guidance)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
+        ema.update(step)
         if not torch.isfinite(loss):
             raise UserError(f"step {step}: the loss is {loss.item()}; nothing saved: try a lower --muon-lr")
         progress.show(step + 1, f"loss {loss.item():.4f}")
     progress.close()
 
-    student.eval().save(out / "model")
-    write_json(out / "config.json", {**settings, "data": cfg.data or settings["data"], "out": cfg.out})
-    show(student, teacher, cfg, out)
+    with ema:
+        student.eval().save(out / "model")
+        write_json(out / "config.json", {**settings, "data": cfg.data or settings["data"], "out": cfg.out})
+        show(student, teacher, cfg, out)
     print(f"{cfg.out} draws in 1 to 4 steps, as in python -m train.sample --run {cfg.out} --steps 4; "
           f"open {out / PICTURE}")
 
@@ -147,10 +152,13 @@ def draw(images: Tensor, captions: list[str], teacher: TextToImage, cfg: Distill
     return Batch(x_t, [captions[i] for i in chosen.tolist()], t, t - stride)
 
 
-def consistency_loss(student: TextToImage, teacher: TextToImage, batch: Batch, guidance: float) -> Tensor:
-    """How far the student's guess lies from its own guess one step on: pseudo-Huber, a scalar."""
+def consistency_loss(student: TextToImage, ema: EMA, teacher: TextToImage, batch: Batch,
+                     guidance: float) -> Tensor:
+    """How far the student's guess lies from its mean's guess one step on: pseudo-Huber, a scalar."""
     with torch.no_grad():
-        goal = guess(student, ddim_step(teacher, batch, guidance), batch.s, batch.prompts).clamp(-1, 1)
+        x_s = ddim_step(teacher, batch, guidance)
+        with ema:
+            goal = guess(student, x_s, batch.s, batch.prompts).clamp(-1, 1)
     error = guess(student, batch.x_t, batch.t, batch.prompts) - goal
     return ((error.square() + SMALL**2).sqrt() - SMALL).mean()
 

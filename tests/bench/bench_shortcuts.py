@@ -41,7 +41,7 @@ from minidiff import (
     merge_tokens,
     optimize,
 )
-from tests.bench.bench_optimize import VAE
+from tests.bench.models import VAE
 
 FILE = Path(__file__).parents[2] / "docs" / "shortcuts.json"
 EXACT = "plain"
@@ -90,12 +90,12 @@ def measure_sd(name: str, args: argparse.Namespace) -> tuple[dict[str, Any], Ten
     text = CLIPTextModel(CLIPTextConfig(**SD_TEXT)).eval()
     unet, vae = UNet2DConditionModel(**SD_UNET).eval(), AutoencoderKL(**VAE, scaling_factor=0.18215).eval()
     scheduler, ids = DPMSolverMultistepScheduler(**SD_BETAS, steps_offset=1), torch.randint(49000, (2, 1, 77))
+    latents = torch.randn(1, 4, args.latents, args.latents)
     pipe = StableDiffusionPipeline(vae, text, None, unet, scheduler)
     if name == "diffusers":
         pipe = upstream(pipe)
     else:
         shorten(pipe, ROWS[name])
-    latents = torch.randn(1, 4, args.latents, args.latents)
 
     @torch.no_grad()
     def draw(steps: int) -> Tensor:

@@ -29,11 +29,15 @@ print(json.dumps([cpu, wall, {memory}]))
 
 
 def fresh(body: str, memory: str, answer: Path | None = None) -> Timed:
-    """Runs the lines in a Python of their own, after torch's import."""
+    """Runs the lines in a Python of their own, after torch's import.
+
+    Peers were compiled to bytecode when they were installed; ours is by the first run, the warm-up.
+    """
     threads = torch.get_num_threads()
     code = RUN.format(threads=threads, body=body, memory=memory)
+    given = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+                          env={**given, "OMP_NUM_THREADS": str(threads)})
     if done.returncode:
         raise Failed((done.stderr.strip() or "killed").splitlines()[-1][:200])
     cpu, wall, held = json.loads(done.stdout.splitlines()[-1])
