@@ -183,3 +183,9 @@ def test_overwriting_leaves_nothing_of_the_run_before(cfg: DistillConfig, tmp_pa
 def test_a_teacher_that_lies_in_the_folder_is_not_written_over(run: str, cfg: DistillConfig) -> None:
     with pytest.raises(UserError, match="not the teacher"):
         distill.main(dataclasses.replace(cfg, out=str(Path(run).parent), overwrite=True))
+
+
+def test_a_student_does_not_go_on_learning(cfg: DistillConfig, tmp_path: Path) -> None:
+    """--objective has no name for what it was taught by."""
+    with pytest.raises(UserError, match="learned by consistency; give the run it was taught by"):
+        trained(tmp_path / "on", init=f"{cfg.out}/model", preset="small")

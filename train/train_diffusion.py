@@ -170,8 +170,8 @@ def check_objective(cfg: TrainConfig) -> None:
     if (cfg.init or cfg.resume) and (folder / "scheduler").is_dir():
         learned = objective_in(folder / "scheduler")
         if learned != cfg.objective:
-            raise UserError(f"--objective {cfg.objective}: {folder} learned by the other; give --objective "
-                            f"{learned}")
+            other = f"--objective {learned}" if OBJECTIVES[learned].fresh else "the run it was taught by"
+            raise UserError(f"--objective {cfg.objective}: {folder} learned by {learned}; give {other}")
 
 
 def check_latent(cfg: TrainConfig) -> None:
