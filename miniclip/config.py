@@ -56,6 +56,9 @@ class FrozenDict(dict):
 
     __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
 
+    def __ne__(self, other: object) -> bool:
+        return not self == other        # dict's own knows nothing of a dataclass's __eq__
+
 
 @dataclass(frozen=True)
 class Config(FrozenDict):

@@ -74,7 +74,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="guidance on this part of the walk only, e.g. 0.2 0.8; other steps take half the time and "
              "follow the prompt less closely")
     add("--deep-cache", type=int, default=1, metavar="N",
-        help="the UNet's deep levels on one step of N only: several times sooner, coarse shapes less exact "
+        help="the UNet's deep levels on one step of N only: sooner, coarse shapes less exact "
              "(default: 1, exact)")
     add("--merge-tokens", type=float, default=0.0, metavar="RATIO",
         help="so many, 0 to 0.75, of the tokens of the largest self-attention merged with others like them: "

@@ -151,7 +151,7 @@ class TextToImage(nn.Module):
         images = []
         for i in range(0, len(prompts), batch):
             own = generators[i:i + batch]
-            noise = randn((len(own), *self.latent_shape), own, self.device, torch.float32)
+            noise = randn((len(own), *self.latent_shape), own, self.device, torch.get_default_dtype())
             images.append(self.denoise(noise, prompts[i:i + batch], steps, guidance, own).cpu())
             if progress:
                 progress(min(i + batch, len(prompts)))

@@ -164,3 +164,28 @@ def test_a_run_of_flow_is_no_teacher(tmp_path: Path) -> None:
     run = trained(tmp_path / "flow", objective="flow", steps=1)
     with pytest.raises(UserError, match="FlowMatch.*; only a run of --objective diffusion"):
         distill.main(DistillConfig(run=run, out=str(tmp_path / "new"), device="cpu"))
+
+
+def test_overwriting_leaves_nothing_of_the_run_before(cfg: DistillConfig, tmp_path: Path) -> None:
+    """No upscaler of another model, no checkpoint; what is not a run's stays."""
+    out = tmp_path / "old"
+    for name in ("model/upscaler/config.json", "checkpoint.pt", "mine.txt"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("{}", encoding="utf-8")
+    again = dataclasses.replace(cfg, out=str(out), steps=1)
+    with pytest.raises(UserError, match="holds a model already"):
+        distill.main(again)
+    distill.main(dataclasses.replace(again, overwrite=True))
+    assert (out / "mine.txt").exists() and not (out / "checkpoint.pt").exists()
+    assert TextToImage.load(out).upscaler is None
+
+
+def test_a_teacher_that_lies_in_the_folder_is_not_written_over(run: str, cfg: DistillConfig) -> None:
+    with pytest.raises(UserError, match="not the teacher"):
+        distill.main(dataclasses.replace(cfg, out=str(Path(run).parent), overwrite=True))
+
+
+def test_a_student_does_not_go_on_learning(cfg: DistillConfig, tmp_path: Path) -> None:
+    """--objective has no name for what it was taught by."""
+    with pytest.raises(UserError, match="learned by consistency; give the run it was taught by"):
+        trained(tmp_path / "on", init=f"{cfg.out}/model", preset="small")

@@ -226,3 +226,10 @@ def test_a_scheduler_of_any_other_name_is_read_as_before(tmp_path) -> None:
     (tmp_path / "scheduler_config.json").write_text("{", encoding="utf-8")
     with pytest.raises(WeightsError, match="scheduler_config.json"):
         load_scheduler(tmp_path)
+
+
+def test_equal_configs_are_not_unequal() -> None:
+    """A default that was given is an entry of its own, but the same value: == and != agree on it."""
+    given, left = (FlowMatchEulerDiscreteScheduler(**fields).config for fields in ({"shift": 1.0}, {}))
+    assert dict(given) != dict(left) and given == left and not given != left
+    assert given != FlowMatchEulerDiscreteScheduler(shift=2.0).config

@@ -412,7 +412,7 @@ def test_help_shows_defaults_but_no_empty_ones(capsys) -> None:
     with pytest.raises(SystemExit):
         cli.parse_flags(TrainConfig, "text", ["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "(default: 400)" in said and "(default: )" not in said and "checkpoints to keep" in said
+    assert "(default: 220)" in said and "(default: )" not in said and "checkpoints to keep" in said
 
 
 def test_best_starts_at_infinity() -> None:

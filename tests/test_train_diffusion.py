@@ -378,24 +378,26 @@ def test_less_jitter_moves_images_less_in_the_same_directions(monkeypatch: pytes
     model = train_diffusion.initial_model(cfg, data.captions)
     for amount in (1.0, 0.25, 0.0):
         changed = dataclasses.replace(cfg, jitter_amount=amount)
-        train_diffusion.draw(model, torch.arange(4), data.images[:4], data, changed, ranks,
+        train_diffusion.draw(model, 0, torch.arange(4), data.images[:4], data, changed, ranks,
                              torch.Generator().manual_seed(0))
     torch.testing.assert_close(seen[1] - 0.5, 0.25 * (seen[0] - 0.5))
     assert (seen[2] == 0.5).all() and (seen[0] - 0.5).abs().max() > 0.4
 
 
-@pytest.mark.parametrize("changes, wanted", [
+@pytest.mark.parametrize("changes, first", [
     ({"noise_bias": 1.0}, 1.0), ({"noise_bias": 4.0}, 4.0), ({}, train_diffusion.NOISE_BIAS),
     ({"init": "sd"}, 1.0), ({"data": str(ROOT / "data" / "strokes")}, 1.0),
 ])
-def test_much_noise_is_seen_more_often(changes: dict, wanted: float) -> None:
-    """As u^(1/bias) has it: below a timestep of T f lie f^bias of a batch, to one of it."""
-    cfg, ranks = dataclasses.replace(TINY, batch=50, **changes), distributed.Ranks(0, 1, torch.device("cpu"))
+def test_much_noise_is_seen_more_often_at_first(changes: dict, first: float) -> None:
+    """As u^(1/bias) has it: below a timestep of T f lie f^bias of a batch, to one; at the end evenly."""
+    cfg = dataclasses.replace(TINY, batch=50, **changes)
+    ranks = distributed.Ranks(0, 1, torch.device("cpu"))
     data = train_diffusion.open_data(cfg, ranks)
     model = train_diffusion.initial_model(dataclasses.replace(cfg, init=""), data.captions, data.strokes)
     rows = torch.arange(50) % len(data.images)
-    batch = train_diffusion.draw(model, rows, data.images[rows], data, cfg, ranks,
-                                 torch.Generator().manual_seed(0))
-    for fraction in (0.25, 0.5, 0.75):
-        below = (batch.t < 1000 * fraction).sum().item()
-        assert abs(below - 50 * fraction**wanted) <= 1.01
+    for step, bias in ((0, first), (cfg.steps // 2, (first + 1) / 2), (cfg.steps, 1.0)):
+        batch = train_diffusion.draw(model, step, rows, data.images[rows], data, cfg, ranks,
+                                     torch.Generator().manual_seed(0))
+        for fraction in (0.25, 0.5, 0.75):
+            below = (batch.t < 1000 * fraction).sum().item()
+            assert abs(below - 50 * fraction**bias) <= 1.01

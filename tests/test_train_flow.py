@@ -83,7 +83,7 @@ def test_timesteps_are_spread_evenly_over_all_levels(runs: dict[str, Path]) -> N
     cfg = dataclasses.replace(TINY, batch=20, noise_bias=1.0)
     ranks = distributed.Ranks(0, 1, torch.device("cpu"))
     data, model = train_diffusion.open_data(cfg, ranks), TextToImage.load(runs["flow"])
-    batch = train_diffusion.draw(model, torch.arange(20), data.images, data, cfg, ranks,
+    batch = train_diffusion.draw(model, 0, torch.arange(20), data.images, data, cfg, ranks,
                                  torch.Generator().manual_seed(0))
     assert batch.t.is_floating_point() and (batch.t.sort().values // 50).tolist() == list(range(20))
 

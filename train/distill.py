@@ -24,16 +24,16 @@ from miniclip.weights import write_json
 from minidiff.optimize import optimize
 from minidiff.samplers import DDPMScheduler, LCMScheduler
 from minidiff.schedule import Sampler, to_eps, to_x0
-from minidiff.text_to_image import TextToImage, model_of
+from minidiff.text_to_image import TextToImage
 
 from .data.augment import affine
 from .data.batches import draw_indices
 from .data.folder import CaptionedImages
 from .data.grid import save_grid
 from .errors import UserError
-from .optim import build_optimizers, set_learning_rate
+from .optim import build_optimizers, descend, set_learning_rate
 from .run.cli import MAX_SEED, check_flags, flag, model_folder, parse_flags, pick_device, read_settings, start
-from .run.folder import make_folder
+from .run.folder import MARKS, clear, make_folder
 from .run.log import Progress
 from .run.state import EMA
 
@@ -58,7 +58,7 @@ class DistillConfig:
     muon_lr: float = flag(0.01, "peak learning rate of matrices", above=0, at_most=10)
     lr: float = flag(5e-4, "of all other parameters", above=0, at_most=10)
     seed: int = flag(0, "one seed, one student", at_least=0, at_most=MAX_SEED)
-    overwrite: bool = flag(False, "replace the model in --out")
+    overwrite: bool = flag(False, "begin anew in a folder that holds a run, which is removed")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
 
 
@@ -81,23 +81,17 @@ def main(cfg: DistillConfig) -> None:
         set_learning_rate(optimizers, step, cfg.steps, warmup=10)
         batch = draw(images, data.captions, teacher, cfg, generator)
         loss = consistency_loss(student, ema, teacher, batch, cfg.guidance)
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        descend(loss, student, optimizers)
         ema.update(step)
-        if not torch.isfinite(loss):
-            raise UserError(f"step {step}: the loss is {loss.item()}; nothing saved: try a lower --muon-lr")
         progress.show(step + 1, f"loss {loss.item():.4f}")
     progress.close()
 
+    clear(out)                                              # an upscaler of before would draw on
     with ema:
         student.eval().save(out / "model")
         write_json(out / "config.json", {**settings, "data": cfg.data or settings["data"], "out": cfg.out})
         show(student, teacher, cfg, out)
-    print(f"{cfg.out} draws in 1 to 4 steps, as in python -m train.sample --run {cfg.out} --steps 4; "
+    print(f"{cfg.out} draws in 1 to 4 steps, as in python -m train.sample --run {cfg.out} --steps 1; "
           f"open {out / PICTURE}")
 
 
@@ -109,7 +103,9 @@ def open_teacher(cfg: DistillConfig) -> TextToImage:
                         "--objective diffusion is distilled")
     if cfg.points > len(teacher.scheduler):
         raise UserError(f"--points {cfg.points}: the run knows {len(teacher.scheduler)} timesteps")
-    if model_of(cfg.out) and (not cfg.overwrite or Path(cfg.out).resolve() == Path(cfg.run).resolve()):
+    out = Path(cfg.out)
+    inside = model_folder(cfg.run).resolve().is_relative_to(out.resolve())
+    if inside or (not cfg.overwrite and any(found for mark in MARKS for found in out.glob(mark))):
         raise UserError(f"--out {cfg.out}: holds a model already; give another, or --overwrite for one that "
                         "is not the teacher")
     return optimize(teacher.requires_grad_(False))

@@ -16,6 +16,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+from .errors import UserError
+
 QUINTIC = (3.4445, -4.7750, 2.0315)     # Jordan 2024: steep at 0, and near 1 for singular values from 0 to 1
 BETAS = (0.9, 0.99)         # AdamW's; torch's 0.999 remembers longer than a run of a few hundred steps lasts
 WEIGHT_DECAY = 0.01         # of matrices, in Muon and AdamW alike: torch's default
@@ -86,6 +88,21 @@ def build_optimizers(model: nn.Module, name: str, lr: float, muon_lr: float) -> 
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def descend(loss: Tensor, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    """One step of all optimizers down this loss, its gradients clipped to a norm of 1.
+
+    Raises UserError for a loss that is not finite: the weights are then worth nothing.
+    """
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+    if not torch.isfinite(loss):
+        raise UserError(f"the loss is {loss.item()}; nothing saved: try a lower --muon-lr")
 
 
 def parameter_count(model: nn.Module) -> int:

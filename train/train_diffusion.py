@@ -64,7 +64,7 @@ from .strokes import Scaling, affine_tokens, build_stroke_writer, holds_strokes,
 from .validation import validate
 
 SAMPLE_BATCH = 20       # samples on the way that go through the UNet together
-NOISE_BIAS = 3.0        # of fresh models of images (docs/experiments.md)
+NOISE_BIAS = 5.0        # at first, of fresh models of images (docs/experiments.md)
 
 
 @dataclass(frozen=True)
@@ -77,23 +77,23 @@ class TrainConfig(TrainSettings):
     fold: int = flag(2, "pixel unshuffle: each f x f square of pixels becomes channels", section=DATA,
                      at_least=1, at_most=64)
     preset: str = changed(TrainSettings, "preset", default="small", choices=tuple(PRESETS))
-    steps: int = changed(TrainSettings, "steps", default=200)
+    steps: int = changed(TrainSettings, "steps", default=220)
     ema: float = changed(TrainSettings, "ema", default=0.98)
     objective: str = flag("diffusion", "what a model learns: diffusion (v; sampled by DDIM) or flow "
                           "(eps - x0 on straight paths; by Euler)", section=MODEL,
                           choices=("diffusion", "flow"))
     caption_drop: float = flag(0.1, "share of images trained without caption, for guidance", section=MODEL,
                                at_least=0, at_most=1)
-    noise_bias: float = flag(0.0, "1 spreads the timesteps of training evenly, more sees much noise more "
-                             "often; 0: 3, but 1 with --init and for strokes", section=MODEL, at_least=0,
-                             at_most=100)
+    noise_bias: float = flag(0.0, "above 1 training sees much noise more often at first, and all timesteps "
+                             "evenly at the end; 0: 5, but 1 with --init and for strokes", section=MODEL,
+                             at_least=0, at_most=100)
     jitter: bool = changed(TrainSettings, "jitter", help="small random rotations, shifts, scalings")
     jitter_amount: float = flag(0.5, "how far: 1 is up to 3 degrees, 3 %% of the side and 5 %% of the size",
                                 section=MODEL, at_least=0, at_most=10)
     flip: bool = changed(TrainSettings, "flip", help="mirror half of the images; never for writing")
     samples: int = flag(2, "how many times on the way to write a grid of samples and validate",
                         section=EVALUATION, at_least=0, at_most=1000, may_change=True)
-    sample_steps: int = flag(12, "denoising steps for those samples", section=EVALUATION, at_least=1,
+    sample_steps: int = flag(8, "denoising steps for those samples", section=EVALUATION, at_least=1,
                              at_most=1000, may_change=True)
     guidance: float = flag(1.5, "guidance for those samples", section=EVALUATION, at_least=-1000,
                            at_most=1000, may_change=True)
@@ -135,7 +135,7 @@ def main(cfg: TrainConfig, dataset: Dataset | None = None) -> None:
 
         lr = set_learning_rate(optimizers, step, cfg.steps, cfg.warmup)
         indices, images = batches.batch(step, state.generator)              # x0 ~ q(x0)
-        batch = draw(model, indices, images, data, cfg, ranks, state.generator)     # t, eps
+        batch = draw(model, step, indices, images, data, cfg, ranks, state.generator)       # t, eps
         loss = forward_backward(loss_fn, batch, cfg, state, ranks.device)   # || target - answer(x_t, t) ||^2
         norm = state.clip_gradients(cfg.clip)
         loss = run.agreed(loss)
@@ -170,8 +170,8 @@ def check_objective(cfg: TrainConfig) -> None:
     if (cfg.init or cfg.resume) and (folder / "scheduler").is_dir():
         learned = objective_in(folder / "scheduler")
         if learned != cfg.objective:
-            raise UserError(f"--objective {cfg.objective}: {folder} learned by the other; give --objective "
-                            f"{learned}")
+            other = f"--objective {learned}" if OBJECTIVES[learned].fresh else "the run it was taught by"
+            raise UserError(f"--objective {cfg.objective}: {folder} learned by {learned}; give {other}")
 
 
 def check_latent(cfg: TrainConfig) -> None:
@@ -319,18 +319,18 @@ class Batch(NamedTuple):
                       {k: v[r] for k, v in self.inpaint.items()}) for r in rows]
 
 
-def draw(model: TextToImage, indices: Tensor, images: Tensor, data: Data, cfg: TrainConfig,
+def draw(model: TextToImage, step: int, indices: Tensor, images: Tensor, data: Data, cfg: TrainConfig,
          ranks: Ranks, generator: torch.Generator) -> Batch:
     """All random numbers of a step: for the whole batch, in a fixed order; this process keeps its rows.
 
     indices [b], images [b, C, S, S]. The B timesteps are spread over the schedule, one in each B-th part of
-    u in 0..1, at u^(1 / noise_bias): less variance than B free draws.
+    u in 0..1, at u^(1 / noise_bias of the step): less variance than B free draws.
     """
     B, own = cfg.batch, ranks.local_rows(cfg.batch)
     jitter = torch.rand(B, 6, generator=generator)[own] if cfg.jitter else None
     dropped = (torch.rand(B, generator=generator) < cfg.caption_drop)[own].tolist()     # Ho 2022, Algorithm 1
     even = (torch.randperm(B, generator=generator) + torch.rand(B, generator=generator)) / B
-    t = model.scheduler.timesteps_at(even ** (1 / noise_bias(cfg, data)))[own]
+    t = model.scheduler.timesteps_at(even ** (1 / noise_bias(cfg, data, step)))[own]
     noise = torch.randn(B, *model.latent_shape, generator=generator)[own]
     masks = model.draw_masks(B, generator)[own]
     if jitter is not None:
@@ -341,10 +341,15 @@ def draw(model: TextToImage, indices: Tensor, images: Tensor, data: Data, cfg: T
     return Batch(x0, prompts, t, noise, model.inpaint_input(indices, masks))
 
 
-def noise_bias(cfg: TrainConfig, data: Data) -> float:
-    """The setting or what 0 stands for. On a few pictures, which caption means which of them is learned last
-    and from much noise, where nothing else tells; what others trained learned evenly."""
-    return cfg.noise_bias or (1.0 if cfg.init or data.strokes is not None else NOISE_BIAS)
+def noise_bias(cfg: TrainConfig, data: Data, step: int) -> float:
+    """How much more often this step sees much noise: from the setting, or what 0 stands for, down to 1.
+
+    Which caption means which of a few pictures is learned last, and from much noise, where nothing else
+    tells; clean strokes are learned from little noise, while the learning rate falls. What others trained,
+    and strokes, learn evenly.
+    """
+    first = cfg.noise_bias or (1.0 if cfg.init or data.strokes is not None else NOISE_BIAS)
+    return first + (1 - first) * min(step / cfg.steps, 1)
 
 
 def forward_backward(loss_fn: nn.Module, batch: Batch, cfg: TrainConfig, state: TrainState,

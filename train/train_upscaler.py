@@ -24,7 +24,7 @@ from .data.augment import affine
 from .data.folder import CaptionedImages
 from .data.grid import save_grid
 from .errors import UserError
-from .optim import build_optimizers, parameter_count, set_learning_rate
+from .optim import build_optimizers, descend, parameter_count, set_learning_rate
 from .run.cli import MAX_SEED, check_flags, flag, model_folder, parse_flags, pick_device, read_settings, start
 from .run.log import Progress
 from .run.state import EMA
@@ -71,15 +71,8 @@ def main(cfg: UpscalerConfig) -> None:
         target = draw_crops(large, cfg, generator)                          # [B, C, 2c, 2c]
         small = worsened(F.avg_pool2d(target, 2), generator)                # [B, C, c, c]
         loss = F.l1_loss(upscaler(small), contrasted(target, cfg.contrast))
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(upscaler.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        descend(loss, upscaler, optimizers)
         ema.update(step)
-        if not torch.isfinite(loss):
-            raise UserError(f"step {step}: the loss is {loss.item()}; nothing saved: try a lower --muon-lr")
         progress.show(step + 1, f"loss {loss.item():.4f}")
     progress.close()
 

@@ -11,7 +11,7 @@ import torch
 from miniclip.tokenizer import CLIPTokenizer
 from minidiff import samplers
 from minidiff.pipeline import StableDiffusionPipeline
-from minidiff.samplers.ddpm import DDPMScheduler
+from minidiff.pipeline_folder import SCHEDULERS
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -143,8 +143,7 @@ def agree(ours, theirs, dtype):
     return worst
 
 
-SAMPLERS = {"DDPMScheduler": DDPMScheduler} | {n: getattr(samplers, n)
-                                               for n in samplers.__all__ if n.endswith("Scheduler")}
+SAMPLERS = SCHEDULERS       # of diffusion models: no pipeline of upstream's takes flow's
 
 
 @pytest.mark.parametrize("dtype", BOUND)

@@ -19,7 +19,7 @@ MARKS = ("checkpoint*.pt", "best.pt", "model", "metrics.jsonl")     # any of the
 OF_A_RUN = re.compile(r"""
     checkpoint(\.\d+|\.new)?\.pt | best\.pt | config\.json | (metrics|speed)\.jsonl | report\.html | loss\.svg
     | skipped(\.\d+)?\.txt | evaluation\.(json|html) | evaluation_(legible|seeds)\.png
-    | evaluation-skipped\.txt | (answers|hits|upscaler)\.png | gallery\.html
+    | evaluation-skipped\.txt | (answers|hits|upscaler|distilled)\.png | gallery\.html
     | gallery/\w+/[^/]+\.(png|gif|json) | (samples|matrix)/(held_out_)?\d{6,}\.png
     | index[^/]*/(index\.json|embeddings\.safetensors)
     | lora/(pytorch_lora_weights\.safetensors|adapter_model\.safetensors|adapter_config\.json)
