@@ -23,6 +23,7 @@ from miniclip.files import write_json
 from miniclip.graphs import (
     EMBED,
     FORMATS,
+    OF_TORCH,
     OPSET,
     Graph,
     Part,
@@ -127,7 +128,7 @@ def export(m: ImageTextModel, format: str, folder: Path, say: Progress) -> None:
     written = write_graphs(graphs, format, folder, vectors, say)
     write_json(folder / "pipeline.json", {
         "kind": "picture and text to similarity", "format": format,
-        **({} if format == "pt2" else {"opset": OPSET}), "graphs": written, "size": read_size(m.processor),
+        **({} if format in OF_TORCH else {"opset": OPSET}), "graphs": written, "size": read_size(m.processor),
         "picture": picture_rules(m.processor),
         "tokenizers": [token_rules(m.tokenizer, folder / "tokenizer", fill=False)],
         "logit_scale": m.model.logit_scale.exp().item(), "captions": m.captions,

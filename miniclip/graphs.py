@@ -1,4 +1,5 @@
-"""Graphs that run without Python: one module traced once, written for torch, for ONNX, or with int8 weights.
+"""Graphs that run without Python: one module traced once, written for torch (as a program, or compiled to a
+library), for ONNX, or with int8 weights.
 
 Read after weights.py and int8.py; miniclip/export.py and minidiff/export.py decide what is traced.
 Mirrors: nothing upstream.
@@ -27,8 +28,9 @@ from miniclip.files import atomic_write
 from miniclip.int8 import INT8, to_int8
 from miniclip.weights import write_bytes
 
-FORMATS = ("onnx", "int8", "pt2")
-SUFFIX = {"onnx": ".onnx", "int8": ".onnx", "pt2": ".pt2"}
+SUFFIX = {"onnx": ".onnx", "int8": ".onnx", "pt2": ".pt2", "aoti": ".pt2"}
+FORMATS = tuple(SUFFIX)
+OF_TORCH = ("pt2", "aoti")      # the others are ONNX
 OPSET = 18
 MOST_INLINE = 1_800_000_000     # bytes of weights inside an .onnx file; protobuf ends at 2 GiB
 LEAST_INT8 = 1024               # numbers of a weight that is worth a scale
@@ -64,21 +66,26 @@ class Graph(NamedTuple):
 
 def trace(graph: Graph) -> torch.export.ExportedProgram:
     """The program, for any size of the named axes, 1 included."""
-    from torch.fx.experimental import _config
-
-    if not hasattr(_config, "backed_size_oblivious"):
-        raise ValueError(f"export needs a torch that traces a size of 1 as any other; {torch.__version__} "
-                         "is too old")
     names = {name for axes in graph.axes.values() for name in axes.values()}
     dims = {name: dimension(name, graph.most.get(name), graph.least.get(name, 1),
                             graph.multiple.get(name, 1)) for name in sorted(names)}
     shapes = tuple({axis: dims[name] for axis, name in graph.axes.get(key, {}).items()}
                    for key in graph.inputs)
-    with _config.patch(backed_size_oblivious=True), torch.no_grad():
+    with sizes_of_one(), torch.no_grad():
         part = graph.part.eval().requires_grad_(False)
         program = torch.export.export(part, tuple(graph.inputs.values()), dynamic_shapes=(shapes,))
     narrow_masks(program)
     return program
+
+
+def sizes_of_one() -> Any:
+    """A context in which torch takes a size of 1 for any other."""
+    from torch.fx.experimental import _config
+
+    if not hasattr(_config, "backed_size_oblivious"):
+        raise ValueError(f"export needs a torch that traces a size of 1 as any other; {torch.__version__} "
+                         "is too old")
+    return _config.patch(backed_size_oblivious=True)
 
 
 def narrow_masks(program: torch.export.ExportedProgram) -> None:
@@ -108,10 +115,23 @@ def write_graph(graph: Graph, format: str, path: Path) -> dict[str, Any]:
     program = trace(graph)
     if format == "pt2":
         torch.export.save(program, path)
+    elif format == "aoti":
+        compile_to(program, path)
     else:
         write_onnx(program, graph, path)
     size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
     return {"file": path.name, "inputs": list(graph.inputs), "outputs": graph.outputs, "bytes": size}
+
+
+def compile_to(program: torch.export.ExportedProgram, path: Path) -> None:
+    """A library for processors as this one, by AOTInductor. Raises ValueError where there is no compiler."""
+    from torch._inductor import aoti_compile_and_package
+
+    try:
+        with sizes_of_one(), torch.no_grad():
+            aoti_compile_and_package(program, package_path=str(path))
+    except RuntimeError as error:
+        raise ValueError(f"--format aoti: {error}") from error
 
 
 def write_onnx(program: torch.export.ExportedProgram, graph: Graph, path: Path) -> None:
@@ -293,9 +313,10 @@ def outputs_of(graph: Graph, inputs: list[Tensor]) -> list[Tensor]:
 
 def write_beside(folder: Path, format: str, embed: Path) -> None:
     """README.md and, where the graphs can run, the runner and the page of a package's embed/."""
-    for file in () if format == "pt2" else (embed / "runner.py", embed / "index.html", *TOKENIZERS):
+    for file in () if format in OF_TORCH else (embed / "runner.py", embed / "index.html", *TOKENIZERS):
         shutil.copyfile(file, folder / file.name)
-    shutil.copyfile(embed / f"README_{'pt2' if format == 'pt2' else 'onnx'}.md", folder / "README.md")
+    name = f"README_{format if format in OF_TORCH else 'onnx'}.md"
+    shutil.copyfile(embed / name, folder / "README.md")
 
 
 def int8_report(graphs: dict[str, Graph], small: dict[str, Graph], vectors: dict[str, Tensor],
@@ -329,5 +350,5 @@ def check_format(format: str) -> None:
     """Raises ValueError for an unknown format, or one whose packages are missing."""
     if format not in FORMATS:
         raise ValueError(f"--format {format}: not one of {', '.join(FORMATS)}")
-    if format != "pt2":
+    if format not in OF_TORCH:
         need("onnx", "onnxscript")

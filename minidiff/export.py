@@ -23,6 +23,7 @@ from miniclip.command import run
 from miniclip.files import write_json
 from miniclip.graphs import (
     FORMATS,
+    OF_TORCH,
     OPSET,
     Graph,
     Part,
@@ -331,7 +332,7 @@ def export(model: Any, format: str, size: tuple[int, int] | None, folder: Path, 
     golden = {"prompt": plan.prompt, "steps": golden_steps(plan), "tolerance": TOLERANCE,
               "guidance": plan.rules["defaults"]["guidance"]}
     write_json(folder / "pipeline.json", {
-        "kind": "text to image", "format": format, **({} if format == "pt2" else {"opset": OPSET}),
+        "kind": "text to image", "format": format, **({} if format in OF_TORCH else {"opset": OPSET}),
         "any_size": size is None, "graphs": graphs, "tokenizers": tokenizers, **plan.rules,
         "golden": golden, **report})
     save_golden(folder, vectors)

@@ -3,6 +3,8 @@ the first divergence named."""
 
 from __future__ import annotations
 
+import os
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +12,22 @@ import torch
 from torch import Tensor, nn
 
 BAR = {torch.float64: 1e-12, torch.float32: 2e-6}
+LARGEST: dict[tuple[str, str, torch.dtype], float] = defaultdict(float)    # (test, of what, dtype)
 
 
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """max |difference| / max |theirs|; infinite if shapes differ or anything is not finite."""
+def relative_error(ours: Tensor, theirs: Tensor, least: float = 1e-30) -> float:
+    """max |difference| / max |theirs|, counted as `least` at least; infinite if shapes differ or anything is
+    not finite."""
     if ours.shape != theirs.shape or not torch.isfinite(ours).all():
         return float("inf")
-    return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30)).item()
+    return keep(((ours - theirs).abs().max() / theirs.abs().max().clamp(min=least)).item(), theirs.dtype)
+
+
+def keep(error: float, dtype: torch.dtype, of: str = "numbers") -> float:
+    """The error as it is; the largest of each test is noted for the table that closes the run."""
+    test = os.environ.get("PYTEST_CURRENT_TEST", "").split("[")[0].split(" ")[0]
+    LARGEST[test, of, dtype] = max(LARGEST[test, of, dtype], error)
+    return error
 
 
 def assert_same_keys(ours: nn.Module, theirs: nn.Module) -> None:
@@ -47,6 +58,7 @@ def assert_same_function(ours: nn.Module, theirs: nn.Module, call: Callable[[nn.
         assert (p.grad is None) == (q.grad is None), f"gradient of {name} exists on one side only"
         if p.grad is not None:
             error = ((p.grad - q.grad).abs().max() / torch.maximum(q.grad.abs().max(), 1e-3 * scale)).item()
+            keep(error, dtype, "gradients")
             assert error <= 50 * BAR[dtype], f"gradient of {name} differs by {error:.1e}"
 
 

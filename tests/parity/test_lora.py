@@ -13,6 +13,7 @@ from miniclip import CLIPImageProcessor, CLIPTokenizer, convert
 from miniclip.image_text import PRESETS, Preset
 from miniclip.weights import WeightsError, load_file
 from minidiff.lora import FILE, merge_lora
+from tests.parity.compare import relative_error
 from tests.test_lora import predict, teach, unet
 from tests.test_minidiff_pipeline import make
 from train import train_clip
@@ -96,10 +97,6 @@ def questions() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(2, 3, 16, 16, generator=g), torch.randint(1, 500, (2, 6), generator=g) * mask, mask
 
 
-def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
-
-
 def test_peft_reads_the_folder_of_a_chinese_clip(tmp_path: Path) -> None:
     """BERT's projections too: peft on transformers' model says what ours says, before and after merging."""
     from peft import PeftModel
@@ -116,7 +113,7 @@ def test_peft_reads_the_folder_of_a_chinese_clip(tmp_path: Path) -> None:
     theirs = PeftModel.from_pretrained(ChineseCLIPModel.from_pretrained(tmp_path / "init"),
                                        tmp_path / "lora").eval()
     apart = read_both(theirs, *questions())
-    assert relative(read_both(ours, *questions()), apart) <= 1e-6
+    assert relative_error(read_both(ours, *questions()), apart) <= 1e-6
     for picture_or_text in range(4):
         assert (apart - before)[picture_or_text].abs().max() > 1e-3
     together = theirs.merge_and_unload().state_dict()
@@ -152,9 +149,9 @@ def test_our_script_merges_what_peft_made(tmp_path: Path) -> None:
     assert all(torch.allclose(state[name], value, rtol=0, atol=1e-6)
                for name, value in wanted.state_dict().items())
     assert sum(not torch.equal(state[name], value) for name, value in before.items()) == 8
-    assert relative(read_both(got, *questions()), read_both(wanted.eval(), *questions())) <= 1e-6
+    assert relative_error(read_both(got, *questions()), read_both(wanted.eval(), *questions())) <= 1e-6
     opened = CLIPModel.from_pretrained(tmp_path / "out").eval()
-    assert relative(read_both(opened, *questions()), read_both(wanted, *questions())) <= 1e-6
+    assert relative_error(read_both(opened, *questions()), read_both(wanted, *questions())) <= 1e-6
 
 
 @pytest.mark.parametrize("changes", [

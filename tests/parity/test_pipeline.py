@@ -12,6 +12,7 @@ from miniclip.tokenizer import CLIPTokenizer
 from minidiff import samplers
 from minidiff.pipeline import StableDiffusionPipeline
 from minidiff.pipeline_folder import SCHEDULERS
+from tests.parity.compare import relative_error
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -136,7 +137,7 @@ def agree(ours, theirs, dtype):
     assert len(a) == len(b) > 0
     worst = 0.0
     for i, (u, v) in enumerate(zip(a, b, strict=True)):
-        error = ((u - v).abs().max() / v.abs().max()).item()
+        error = relative_error(u, v)
         worst = max(worst, error)
         assert error <= BOUND[dtype], f"step {i}: {error:.1e}"
     assert ((x * 255).round() - (y * 255).round()).abs().max() <= 1

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from minidiff import samplers
+from tests.parity.compare import relative_error
 from tests.parity.test_pipeline import family, run
 
 diffusers = pytest.importorskip("diffusers")
@@ -96,7 +97,7 @@ def relative(a, b):
     assert a.shape == b.shape and a.dtype == b.dtype
     assert torch.equal(torch.isfinite(a), torch.isfinite(b))
     a, b = a[torch.isfinite(a)], b[torch.isfinite(b)]
-    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-3)).item() if len(a) else 0.0
+    return relative_error(a, b, least=1e-3) if len(a) else 0.0
 
 
 def build(name, config):

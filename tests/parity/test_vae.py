@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minidiff.vae import AutoencoderKL
+from tests.parity.compare import relative_error
 
 diffusers = pytest.importorskip("diffusers")
 torch.set_num_threads(1)
@@ -55,7 +56,7 @@ def pair(seed, dtype=torch.float64, **changes):
 
 def difference(ours, theirs):
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    return relative_error(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -10,6 +10,7 @@ import torch
 
 import miniclip.export
 import minidiff.export
+from miniclip.graphs import OF_TORCH
 from tests.parity_export.models import DIFFUSION, MAKERS
 
 ERRORS: dict[tuple[str, ...], float] = defaultdict(float)   # (model, format, graph, runtime) -> the largest
@@ -28,7 +29,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--short"):
         named = [(item, getattr(item, "callspec", None)) for item in items]
         items[:] = [item for item, spec in named if spec and spec.params.get("name") in SHORT
-                    and spec.params.get("format") != "pt2"]
+                    and spec.params.get("format") not in OF_TORCH]
 
 
 @pytest.fixture(scope="session")
