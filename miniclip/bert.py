@@ -45,7 +45,7 @@ from miniclip.model import (
 # ---------------------------------------------------------------------------------------------------- configs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class BertConfig(Config):
     """A BERT text tower. Defaults: transformers' ChineseCLIPTextConfig, which is BERT-base."""
 
@@ -79,7 +79,7 @@ class BertConfig(Config):
         _check(self, self.hidden_size, self.num_attention_heads, self.hidden_act)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class DistilBertConfig(Config):
     """A DistilBERT text tower; its JSON names differ from BERT's."""
 
@@ -125,7 +125,7 @@ def _check(config: BertConfig | DistilBertConfig, width: int, heads: int, act: s
 
 
 @lenient
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ChineseCLIPConfig(CLIPConfig):
     """Chinese-CLIP: text_config is a BertConfig, the rest as CLIPConfig."""
 

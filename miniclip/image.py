@@ -164,7 +164,7 @@ def tensor_to_rgb(x: Tensor, alpha: str) -> Tensor:
 # ------------------------------------------------------------------------------------------------- processors
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class CLIPImageProcessor(PictureHabits, Config):
     """Pictures -> pixel_values [N, 3, n, n]. Fields are those of preprocessor_config.json,
     defaults upstream's.

@@ -29,7 +29,7 @@ from miniclip.pretrained import PretrainedModel, TokenTable
 # ---------------------------------------------------------------------------------------------------- outputs
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class BaseModelOutputWithPooling(ModelOutput):
     """What a tower returns.
 
@@ -45,7 +45,7 @@ class BaseModelOutputWithPooling(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class CLIPTextModelOutput(ModelOutput):
     """A text tower with its projection: text_embeds [B, E], not normalised, then the tower's fields."""
 
@@ -55,7 +55,7 @@ class CLIPTextModelOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class CLIPVisionModelOutput(ModelOutput):
     """A vision tower with its projection: image_embeds [B, E], not normalised, then the tower's fields."""
 
@@ -65,7 +65,7 @@ class CLIPVisionModelOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class CLIPOutput(ModelOutput):
     """Both towers. logits_per_image [Bi, Bt]; the embeddings [B, E] have length 1; loss only on request."""
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class ModelOutput(dict):
     """Read a field as `out.name`, `out["name"]` or `out[0]`; pass all as `**out`.
 
     It is the dict of its fields, in order, but for those that are None: they are attributes only, and take no
-    place. Setting an attribute sets the entry, and the other way round.
+    place. Setting an attribute sets the entry, and the other way round. Equality is a dict's.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -29,6 +29,9 @@ class ModelOutput(dict):
 
     def __getitem__(self, key: int | slice | str) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__qualname__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
 
     def to_tuple(self) -> tuple:
         """The present fields in order, nested outputs as tuples: what `return_dict=False` returns."""

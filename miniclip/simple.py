@@ -38,7 +38,7 @@ from miniclip.weights import ModelFolder
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class SimpleCLIPConfig(Config):
     """text_encoder "clip": CLIP's text transformer on your own tokenizer;
     "distilbert": as the tutorial has it."""

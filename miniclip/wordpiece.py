@@ -26,7 +26,7 @@ from miniclip.text_habits import (
 from miniclip.tokenizer import SPACE, normal, read_lines
 from miniclip.weights import atomic_write, need_folder, read_json, write_json
 
-HAN = re.compile(  # what BERT takes for Chinese, each character a word of its own; kana and hangul are not
+HAN = (     # what BERT takes for Chinese, each character a word of its own; kana and hangul are not
     "([\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f"
     "\U0002b920-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f])"
 )
@@ -36,7 +36,7 @@ MOST_CHARACTERS = 100  # a longer word is unknown as a whole
 def clean_bert(text: str, lower: bool, strip_accents: bool) -> str:
     """Drops control characters, sets Chinese apart, and, if asked, accents and case."""
     kept = (c for c in text if c in "\t\n\r" or (c not in "\0\ufffd" and unicodedata.category(c)[0] != "C"))
-    text = HAN.sub(r" \1 ", SPACE.sub(" ", "".join(kept)))
+    text = re.sub(HAN, r" \1 ", SPACE.sub(" ", "".join(kept)))
     if strip_accents:
         text = "".join(c for c in normal("NFD", text) if unicodedata.category(c) != "Mn")
     return text.replace("Σ", "σ").lower() if lower else text

@@ -38,7 +38,7 @@ Depths = Depth | Annotated[tuple[Depth, ...], Range(1, 65)]     # at a level, or
 MOST_BLOCKS = 1_000     # resnets and transformer blocks, were all as deep as the deepest; 176 in SDXL
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class UNet2DConditionConfig(Config):
     """Fields and defaults of diffusers' UNet2DConditionModel; those left out are in `inert`."""
 

@@ -40,7 +40,7 @@ Pictures = Any  # tensor [B, 3, H, W] in 0 to 1, numpy array [B, H, W, 3], Pillo
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class StableDiffusionPipelineOutput(ModelOutput):
     """What a call of the pipeline returns; its output_type says which kind of images."""
 

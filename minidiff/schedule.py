@@ -43,7 +43,7 @@ FAMILY_FIELDS = frozenset("""
     use_karras_sigmas use_lu_lambdas variance_type""".split())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class SamplerConfig(Config):
     """The field common to all samplers, and how configs travel between them.
 
@@ -95,7 +95,7 @@ class SamplerConfig(Config):
         return {**super().to_dict(), **{k: v for k, v in self.given.items() if not hasattr(self, k)}}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ScheduleConfig(SamplerConfig):
     """Fields common to the samplers of diffusion models, whose noise is scheduled by betas."""
 

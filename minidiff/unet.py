@@ -35,7 +35,7 @@ from minidiff.habits import ModelHabits
 from minidiff.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class UNet2DConditionOutput(ModelOutput):
     """The prediction [B, out_channels, H, W] as `.sample`, `["sample"]` or `[0]`."""
 

@@ -35,7 +35,7 @@ from minidiff.schedule import Generators, randn
 LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class AutoencoderKLConfig(Config):
     """Fields and defaults of diffusers' AutoencoderKL. Stable Diffusion's VAE has four levels."""
 
@@ -76,14 +76,14 @@ class AutoencoderKLConfig(Config):
                                   "channels")
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class AutoencoderKLOutput(ModelOutput):
     """What `encode` returns."""
 
     latent_dist: DiagonalGaussianDistribution
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class DecoderOutput(ModelOutput):
     """What `decode` returns."""
 

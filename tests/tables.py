@@ -1,7 +1,8 @@
-"""The tables of the READMEs, made of docs/parity.json and docs/benchmarks.json: python -m tests.tables
+"""The tables of the READMEs: python -m tests.tables
 
-`make parity` writes the one file, `make bench` the other; this puts their figures between the markers of both
-READMEs, which tests/test_tables.py holds them to. No number in those tables is typed by hand.
+`pytest tests/parity --table` leaves docs/parity.json, `make bench` docs/benchmarks.json, and docs/tour.md has the
+stops; this puts them between the markers of both READMEs, which tests/test_tables.py holds them to. No number in
+those tables is typed by hand.
 """
 
 from __future__ import annotations
@@ -16,10 +17,22 @@ ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh-Hant.md")
 TORCH = ("diffusers", "transformers", "open_clip")
 RUNTIMES = ("OpenVINO", "ONNX Runtime")
-HEADERS = {"README.md": {"parity": ("", "beside", "float64", "float32"),
+HEADERS = {"README.md": {"reading": ("", "stop", "minutes", "file"),
+                         "parity": ("", "beside", "float64", "float32"),
                          "speed": ("work", "the fastest PyTorch peer", *RUNTIMES)},
-           "README.zh-Hant.md": {"parity": ("", "對照", "float64", "float32"),
+           "README.zh-Hant.md": {"reading": ("", "站", "分鐘", "檔案"),
+                                 "parity": ("", "對照", "float64", "float32"),
                                  "speed": ("工作", "最快的 PyTorch 對手", *RUNTIMES)}}
+TOURS = {"README.md": "docs/tour.md", "README.zh-Hant.md": "docs/tour.zh-Hant.md"}
+STOP = re.compile(r'<a id="([\w-]+)"></a>\s+## (\d+)\. (.+)\s+\*\*(\d+) \w+\*\* · \[([\w/.]+)\]')
+
+
+def reading(readme: str) -> list[tuple[str, ...]]:
+    """A line for each stop of the tour in that language."""
+    tour = TOURS[readme]
+    stops = STOP.findall((ROOT / tour).read_text(encoding="utf-8"))
+    return [(number, f"[{title}]({tour}#{anchor})", minutes, f"`{file}`")
+            for anchor, number, title, minutes, file in stops]
 
 
 def parity() -> list[tuple[str, ...]]:
@@ -50,7 +63,7 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def filled(text: str, name: str) -> str:
     """A README with its tables as they have to be. Raises ValueError where a marker is missing."""
-    for kind, rows in (("parity", parity()), ("speed", speed())):
+    for kind, rows in (("reading", reading(name)), ("parity", parity()), ("speed", speed())):
         marked = re.compile(rf"(<!-- {kind} -->\n).*?(<!-- end of {kind} -->)", re.S)
         if not marked.search(text):
             raise ValueError(f"{name}: no markers <!-- {kind} --> and <!-- end of {kind} -->")

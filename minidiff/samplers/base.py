@@ -25,7 +25,7 @@ from minidiff.habits import EULER_LEFT_OUT
 from minidiff.schedule import SamplerConfig, ScheduleConfig, Scheduler, spaced_timesteps
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class SchedulerOutput(ModelOutput):
     """The next, less noisy picture and, where the sampler has it, its guess of x0: as attributes,
     keys or indices."""

@@ -29,7 +29,7 @@ from minidiff.schedule import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class DDIMConfig(ScheduleConfig):
     """Fields and defaults of diffusers' DDIMScheduler."""
 

@@ -32,7 +32,7 @@ from minidiff.schedule import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class DDPMConfig(ScheduleConfig):
     """Fields and defaults of diffusers' DDPMScheduler."""
 
@@ -48,7 +48,7 @@ class DDPMConfig(ScheduleConfig):
     rescale_betas_zero_snr: bool = False
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class DDPMSchedulerOutput(ModelOutput):
     """x_{t-1} and the x0 predicted on the way, as attributes, keys or indices."""
 

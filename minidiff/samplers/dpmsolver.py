@@ -49,7 +49,7 @@ from minidiff.schedule import (
 ALIASES = {"deis": "dpmsolver++", "logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class DPMSolverMultistepConfig(ScheduleConfig):
     """Fields and defaults of diffusers' DPMSolverMultistepScheduler; those left out are in `inert`."""
 

@@ -19,7 +19,7 @@ from minidiff.samplers.base import EulerBase, SchedulerOutput, check_steps, inte
 from minidiff.schedule import Generators, Offset, ScheduleConfig, randn, to_x0_unscaled
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class EulerAncestralDiscreteConfig(ScheduleConfig):
     """Fields and defaults of diffusers' EulerAncestralDiscreteScheduler."""
 

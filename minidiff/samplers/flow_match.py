@@ -26,7 +26,7 @@ from minidiff.schedule import Clip, Generators, Sampler, SamplerConfig, randn
 MOST_STEPS = 100_000        # time is continuous, so there may be more steps than T
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class FlowMatchEulerDiscreteConfig(SamplerConfig):
     """Fields and defaults of diffusers' FlowMatchEulerDiscreteScheduler."""
 

@@ -24,7 +24,7 @@ from minidiff.schedule import Clip, Generators, Offset, ScheduleConfig, Schedule
 SIGMA_DATA = 0.5  # the data's deviation in the boundary scalings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class LCMConfig(ScheduleConfig):
     """Fields and defaults of diffusers' LCMScheduler."""
 
@@ -44,7 +44,7 @@ class LCMConfig(ScheduleConfig):
     rescale_betas_zero_snr: bool = False
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class LCMSchedulerOutput(SchedulerOutput):
     """prev_sample, noised to the next timestep, and `denoised`, the same picture before that noise."""
 

@@ -20,7 +20,7 @@ from minidiff.samplers.base import SchedulerOutput, check_steps, checked_timeste
 from minidiff.schedule import Offset, ScheduleConfig, Scheduler, spaced_timesteps, to_eps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class PNDMConfig(ScheduleConfig):
     """Fields and defaults of diffusers' PNDMScheduler."""
 

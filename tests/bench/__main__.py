@@ -35,7 +35,8 @@ from tests.bench.whole import Demo, Picture, Train
 ROWS = {"unet1": partial(Unet, batch=1), "unet2": partial(Unet, batch=2),
         "picture": partial(Picture, size=512), "picture256": partial(Picture, size=256),
         "train": Train, "demo": Demo, "vae": Decoder, "clip1": partial(Clip, batch=1),
-        "clip32": partial(Clip, batch=32), "import": Import, "load": Load}
+        "clip32": partial(Clip, batch=32), "import": Import, "load": Load,
+        "start": partial(Load, imports=True)}
 assert ROWS.keys() == TARGETS.keys()
 PACKAGES = {"torch": "torch", "diffusers": "diffusers", "transformers": "transformers",
             "open_clip_torch": "open_clip", "openvino": "openvino", "onnxruntime": "onnxruntime",
