@@ -1,8 +1,8 @@
 """The tables of the READMEs: python -m tests.tables
 
-`pytest tests/parity --table` leaves docs/parity.json, `make bench` docs/benchmarks.json, and docs/tour.md has the
-stops; this puts them between the markers of both READMEs, which tests/test_tables.py holds them to. No number in
-those tables is typed by hand.
+`pytest tests/parity --table` leaves docs/parity.json, `make bench` docs/benchmarks.json, and docs/tour.md
+has the stops; this puts them between the markers of both READMEs, which tests/test_tables.py holds them to.
+No number in those tables is typed by hand.
 """
 
 from __future__ import annotations

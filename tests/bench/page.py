@@ -23,7 +23,8 @@ where torch's GroupNorm is less exact). A row that is behind stays.
 - Ours is the model after `minidiff.optimize`, but for `train`, `import`, `load` and `start`. "Tuned" is
   diffusers with channels last and fused projections (no fused ones in `train`), "compiled" is that by
   `torch.compile`, with frozen weights where nothing is trained, timed once it is compiled. It has a line of
-  its own and no part in the targets. OpenVINO and ONNX Runtime run what was exported from upstream's model with fixed shapes.
+  its own and no part in the targets. OpenVINO and ONNX Runtime run what was exported from upstream's model
+  with fixed shapes.
 - Seconds and ratios are medians. A pair's ratio is peer / ours: 2.00 means that ours took half the time. With
   one thread ratios are of CPU time, which a busy machine changes less; with more threads of wall time.
 - The share of the matrix rate is what a run of ours computes by the definitions of its layers, over the rate
