@@ -1,13 +1,15 @@
-"""How much memory a runner needs: python -m tests.parity_export.memory DIR ...
+"""How much memory a runner needs: python -m tests.parity_export.memory [--steps N] DIR ...
 
 DIR is what minidiff.export or miniclip.export wrote. A row a folder, as a table in Markdown: the most memory
-that was resident; the least address space (`ulimit -v`) in which it still answers, to a step of 32 MB; CPU
-seconds of the whole process, from its start to the first picture or answer. Standard library only, so that
-this process is small: what it holds would count for the children too.
+that was resident; the least address space (`ulimit -v`) in which it still answers, to a thirty-second of
+itself; CPU seconds of the whole process, from its start to the first answer or picture (of --steps; by default
+of as many as pipeline.json says). Standard library only, so that this process is small: what it holds would
+count for the children too.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -17,8 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-STEP = 32                       # MB
-MOST = 16_384                   # MB: where the search begins
+LEAST, MOST = 64, 32_768        # MB: where the search begins
+EXACT = 1 / 32
 PICTURE = Path(__file__).parents[2] / "data" / "herbs" / "garlic_twitter.png"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -56,26 +58,31 @@ def run(argv: list[str], limit: int | None = None) -> Needs:
 
 
 def least(argv: list[str]) -> int:
-    """The least MB of address space in which it passes, to a STEP."""
-    low, high = 0, MOST // STEP                         # fails, passes
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if run(argv, middle * STEP).passed else (middle, high)
-    return high * STEP
+    """The least MB of address space in which it passes."""
+    low, high = LEAST, MOST                             # fails, passes
+    while high - low > max(16, EXACT * high):
+        middle = round((low * high) ** 0.5)
+        low, high = (low, middle) if run(argv, middle).passed else (middle, high)
+    return high
 
 
-def main(folders: list[str]) -> None:
+def main() -> None:
     """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
+    parser.add_argument("--steps", type=int, help="of a picture's walk")
+    a = parser.parse_args()
     print("| export | resident at most | least `ulimit -v` | CPU seconds |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "picture.png"
-        for folder in map(Path, folders):
-            whole = run(command(folder, out))
+        for folder in a.folders:
+            whole = run(command(folder, out, a.steps))
             if not whole.passed:
                 sys.exit(f"{folder}: its runner.py fails")
-            print(f"| {folder.name} | {whole.resident:.0f} MB | {least(command(folder, out, 2))} MB "
+            print(f"| {folder.name} | {whole.resident:.0f} MB | {least(command(folder, out, 1))} MB "
                   f"| {whole.seconds:.1f} |", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
