@@ -34,7 +34,7 @@ def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-# ---------------------------------------------------------------------------------------------------- the tour
+# --------------------------------------------------------------------------------------------------- the tour
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,8 @@ def alike(printed: str, page: str) -> bool:
     number = re.compile(r"-?\d+(?:\.\d+)?")
     near = [abs(float(a) - float(b)) <= max(0.02, 0.02 * abs(float(b))) if "." in b else a == b
             for a, b in zip(number.findall(printed), number.findall(page))]
-    return re.sub(r" +", " ", number.sub("#", printed)) == re.sub(r" +", " ", number.sub("#", page)) and all(near)
+    words = [number.sub("#", text).split() for text in (printed, page)]
+    return words[0] == words[1] and all(near)
 
 
 @pytest.mark.parametrize("page", tour.PAGES, ids=name_of)
@@ -94,7 +95,7 @@ def test_both_tours_have_the_same_stops() -> None:
 
 
 def tables(page: Path) -> list[tuple[int, list[str]]]:
-    """How many rows a table has, and what in it stands in backquotes, but for texts."""
+    """Of each table, how many rows it has, and what in it stands in backquotes."""
     found = re.findall(r"(?:^\|.*\n)+", text_of(page), re.MULTILINE)
     return [(table.count("\n"), re.findall("`[^`]*`", table)) for table in found]
 
@@ -112,7 +113,7 @@ def test_each_stop_runs_its_own_lines(page: Path) -> None:
         assert tour.CODE.search(stop.body) and any(not hidden for *_, hidden in stop.snippets), stop.title
 
 
-# ------------------------------------------------------------------------------------------------------- links
+# ------------------------------------------------------------------------------------------------------ links
 
 
 def prose(text: str) -> str:
@@ -128,7 +129,8 @@ def anchors(page: Path) -> set[str]:
     found, times = set(re.findall(r'\bid="([^"]+)"', text)), Counter()
     for title in re.findall(r"^#{1,6} +(.*?) *#*$", text, re.MULTILINE):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title).replace("`", "").replace("*", "").lower()
-        slug = "".join(c for c in plain if c in "-_ " or unicodedata.category(c)[0] in "LNM").replace(" ", "-")
+        kept = [c for c in plain if c in "-_ " or unicodedata.category(c)[0] in "LNM"]
+        slug = "".join(kept).replace(" ", "-")
         found.add(f"{slug}-{times[slug]}" if times[slug] else slug)
         times[slug] += 1
     return found
@@ -152,7 +154,7 @@ def test_links_and_anchors_resolve(page: Path) -> None:
             assert anchor in anchors(target), f"{name_of(page)}: {link}"
 
 
-# ---------------------------------------------------------------------------------------------------- commands
+# --------------------------------------------------------------------------------------------------- commands
 
 
 def code_of(page: Path) -> Iterator[str]:
@@ -230,7 +232,8 @@ def run(command: tuple[str, ...], *more: str) -> None:
 
 
 # What makes each of them short; the rest run as they are quoted
-TINY = ("--preset", "tiny", "--size", "16", "--steps", "2", "--batch", "4", "--samples", "0", "--device", "cpu")
+TINY = ("--preset", "tiny", "--size", "16", "--steps", "2", "--batch", "4", "--samples", "0",
+        "--device", "cpu")
 SHORT = {
     "train.train_diffusion": TINY,
     "train.sample": ("--count", "1", "--steps", "2", "--device", "cpu"),
@@ -240,7 +243,7 @@ SHORT = {
     "train.search": ("--device", "cpu"),
     "minidiff": ("--steps", "2"),
 }
-DEMO = ("-m", "train.train_diffusion", "--data", "data/calligraphy", "--overwrite", "--out", "out/calligraphy")
+DEMO = ("-m", "train.train_diffusion", "--data", "data/calligraphy", "--out", "out/calligraphy")
 
 
 def test_the_commands_of_the_tour_run(monkeypatch, tmp_path: Path, capsys) -> None:

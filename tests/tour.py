@@ -42,7 +42,7 @@ PREDICTION = ("minidiff/unet.py", "minidiff/config.py", "minidiff/embeddings.py"
               "minidiff/attention.py")
 
 
-# ---------------------------------------------------------------------------------------------------- excerpts
+# --------------------------------------------------------------------------------------------------- excerpts
 
 
 def excerpt(marker: str) -> str:
@@ -77,7 +77,7 @@ def place(lines: list[str], text: str, marker: str) -> int:
     raise LookupError(f"{marker}: no line holds {text!r}")
 
 
-# --------------------------------------------------------------------------------------------------- the pages
+# -------------------------------------------------------------------------------------------------- the pages
 
 
 class Stop(NamedTuple):
@@ -132,7 +132,7 @@ def refreshed(text: str, printed: dict[int, list[str]]) -> str:
     return LINES.sub(lambda m: table(m[0]), STOP.sub(stop, text))
 
 
-# ------------------------------------------------------------------------------------- lines of one prediction
+# ------------------------------------------------------------------------------------ lines of one prediction
 
 
 def executed_lines() -> dict[str, int]:
@@ -198,14 +198,14 @@ def table(rows: str) -> str:
     return "\n".join(made) + "\n"
 
 
-# ------------------------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------------------------------------ the command
 
 
 def main() -> None:
     """Runs a stop, or writes the pages."""
     parser = argparse.ArgumentParser("python -m tests.tour", description="The reading tour, docs/tour.md.")
-    parser.add_argument("stop", type=int, nargs="?", help="run the lines of this stop and print what they do; "
-                                                          "without it all made blocks are written anew")
+    parser.add_argument("stop", type=int, nargs="?",
+                        help="run the lines of this stop; without it all made blocks are written anew")
     parser.add_argument("--answer", action="store_true", help="the lines of the stop's answer too")
     args = parser.parse_args()
     torch.set_num_threads(1)
