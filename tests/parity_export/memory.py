@@ -3,8 +3,8 @@
 DIR is what minidiff.export or miniclip.export wrote. A row a folder, as a table in Markdown: the most memory
 that was resident; the least address space (`ulimit -v`) in which it still answers, to a thirty-second of
 itself; CPU seconds of the whole process, from its start to the first answer or picture (of --steps; by
-default of as many as pipeline.json says). Standard library only, so that this process is small: what it holds would
-count for the children too.
+default of as many as pipeline.json says). Standard library only, so that this process is small: what it holds
+would count for the children too.
 """
 
 from __future__ import annotations
