@@ -56,7 +56,8 @@ def test_the_numbers_are_the_models(run: Path, capsys) -> None:
     text, data = page_of(run)
     model = ImageTextModel.load(run / "model")
     images = images_of(run, model.size)
-    assert len(data["pictures"]) == 8 and len(data["names"]) == 12 and set(data["names"]) == set(model.captions)
+    assert len(data["pictures"]) == 8 and len(data["names"]) == 12
+    assert set(data["names"]) == set(model.captions)
     wanted = model.embed_images(images) @ model.embed_texts(data["names"]).T
     assert torch.allclose(torch.tensor(data["similarity"]), wanted, atol=1e-4)
     assert data["scale"] == pytest.approx(model.model.logit_scale.exp().item())
@@ -102,7 +103,7 @@ def test_covering_a_place_is_what_it_says(run: Path) -> None:
     falls = occlusion(model, image, texts)
     assert list(falls.shape) == [GRID, GRID, 2]
     covered = image.clone()
-    covered[:, 10:18, 18:26] = image.mean(dim=(1, 2))[:, None, None]        # row 3, column 5 of 8, 4 pixels each
+    covered[:, 10:18, 18:26] = image.mean(dim=(1, 2))[:, None, None]        # row 3, column 5; 4 pixels each
     both = model.embed_images(torch.stack([image, covered])) @ texts.T
     assert torch.allclose(falls[3, 5], both[0] - both[1], atol=1e-6) and falls.abs().max() > 0
     assert (window(3, 32), window(0, 32), window(7, 32)) == (slice(10, 18), slice(0, 6), slice(26, 32))
@@ -208,8 +209,9 @@ def test_errors_are_one_line(run: Path, tmp_path: Path) -> None:
         search.main(SearchConfig(run=str(run), text="薑", image="a.png", explain="page.html", device="cpu"))
     with pytest.raises(UserError, match="no run folder here"):
         search.main(SearchConfig(run=str(run / "model"), explain="page.html", device="cpu"))
+    absent = str(tmp_path / "no.png")
     with pytest.raises(DataError, match="no.png"):
-        search.main(SearchConfig(run=str(run), image=str(tmp_path / "no.png"), explain="page.html", device="cpu"))
+        search.main(SearchConfig(run=str(run), image=absent, explain="page.html", device="cpu"))
     (tmp_path / "metrics.jsonl").write_text('{"step": "one"}\n')
     with pytest.raises(WeightsError, match="metrics.jsonl, line 1: \"step\" = "):
         explain_clip.training(tmp_path, ImageTextModel.load(run / "model"), Index.load(run / "index"))

@@ -53,10 +53,10 @@ class Asked:
 
 def write_explanation(model: ImageTextModel, index: Index, run: Path, asked: Asked, path: Path) -> None:
     """Writes the page, whole or not at all. Raises UserError, DataError and WeightsError in one line."""
+    make_folder(path.parent, write=False)
     data = explain(model, index, run, asked)
     text = json.dumps(finite(data), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     page = TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", text.replace("<", "\\u003c"), 1)
-    make_folder(path.parent, write=False)
     with atomic_write(path) as file:
         file.write(page.encode("utf-8"))
     print(f"the page: {path} ({len(page.encode()) / 2**20:.1f} MiB)")
@@ -85,8 +85,7 @@ def explain(model: ImageTextModel, index: Index, run: Path, asked: Asked) -> dic
         "names": names, "asked_text": bool(asked.text), "things": things(model, names),
         "similarity": rounded(pictures @ texts.T),                                      # [N, M]
         "nearest_names": nearest_names(model, known, pictures, asked.top),
-        "nearest_pictures": [[(f"{index.captions[i]} ({Path(index.files[i]).name})", round(score, 4)) for i, score in
-                              best(index.embeddings, text, asked.top)] for text in texts],
+        "nearest_pictures": [nearest_pictures(index, text, asked.top) for text in texts],
         "grid": GRID, "falls": falls,
         "attention": None if (seen := class_attention(model, images)) is None else rounded(seen, 5),
         "readings": readings, "training": training(run, model, index),
@@ -174,7 +173,13 @@ def nearest_names(model: ImageTextModel, known: list[str], pictures: Tensor,
              one_answer_a_thing(model, known, best(texts, picture, len(known)), top)] for picture in pictures]
 
 
-# ---------------------------------------------------------------------------------- where the tower looks
+def nearest_pictures(index: Index, text: Tensor, top: int) -> list[tuple[str, float]]:
+    """For a name [E] the `top` pictures of the whole index, with their cosines."""
+    return [(f"{index.captions[i]} ({Path(index.files[i]).name})", round(score, 4))
+            for i, score in best(index.embeddings, text, top)]
+
+
+# ------------------------------------------------------------------------------------ where the tower looks
 
 
 def window(place: int, size: int) -> slice:

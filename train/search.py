@@ -40,8 +40,8 @@ class SearchConfig:
     top: int = flag(5, "how many answers", at_least=1, at_most=1000)
     pictures: str = flag("", "index this folder of pictures first, and search in it")
     index: str = flag("", "index folder; else RUN/index, or with --pictures RUN/index-NAME")
-    explain: str = flag("", "HTML file to write: one page of how the run sees its pictures beside their names; "
-                        "--image and --text come first on it, if given")
+    explain: str = flag("", "HTML file to write: a page of how the run sees its pictures beside the names; "
+                        "--image or --text, if given, comes first on it")
     out: str = flag("", "PNG of the hits, best first; else RUN/hits.png")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
 
