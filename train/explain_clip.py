@@ -140,16 +140,15 @@ def pick_pictures(model: ImageTextModel, index: Index, asked: Asked) -> tuple[li
 
 def pick_names(model: ImageTextModel, known: list[str], images: Tensor, captions: list[str],
                asked: Asked) -> list[str]:
-    """M names: the one asked about, or those nearest to the picture asked about, then those of the pictures
-    with their other spellings, then the rest of the known ones."""
+    """M names: the one asked about, then those given; without any given those nearest to the picture asked
+    about, those of the pictures with their other spellings, and the rest of the known ones."""
     first = [asked.text] if asked.text else []
-    if asked.image and known:
+    if asked.image and known and not asked.names:
         scores = model.embed_texts(known) @ model.embed_images(images[:1])[0]
         first += [known[i] for i in scores.argsort(descending=True)[:asked.top].tolist()]
     groups = {name: group for group in model.spellings for name in group}
     own = [name for caption in captions if caption for name in groups.get(caption, [caption])]
-    own = [name for name in own if not asked.names or name in asked.names]
-    names = list(dict.fromkeys([*first, *own, *known]))[:NAMES]
+    names = list(dict.fromkeys([*first, *([] if asked.names else own), *known]))[:NAMES]
     if not names:
         raise UserError("neither the model nor the index knows a name: give --names")
     return names
