@@ -2,6 +2,7 @@
 
     python -m train.search --run out/herbs --text 薑
     python -m train.search --run out/herbs --image some.png
+    python -m train.search --run out/herbs --explain herbs.html     # how it sees them, on one page
 
 Read after train_clip.py, which leaves the run folder. Papers: Radford 2021, section 3.1 (zero-shot by names).
 Shapes: N pictures of the index, M names, E width of the shared space.
@@ -22,7 +23,8 @@ from minidiff.optimize import optimize
 from .data.batches import load_image
 from .data.grid import save_grid
 from .errors import DataError, UserError
-from .index import Index, build_index, weights_of
+from .explain_clip import Asked, write_explanation
+from .index import Index, best, build_index, one_answer_a_thing, weights_of
 from .run.cli import check_flags, flag, model_folder, parse_flags, pick_device, start
 from .run.folder import make_folder
 
@@ -38,18 +40,19 @@ class SearchConfig:
     top: int = flag(5, "how many answers", at_least=1, at_most=1000)
     pictures: str = flag("", "index this folder of pictures first, and search in it")
     index: str = flag("", "index folder; else RUN/index, or with --pictures RUN/index-NAME")
+    explain: str = flag("", "HTML file to write: a page of how the run sees its pictures beside the names; "
+                        "--image or --text, if given, comes first on it")
     out: str = flag("", "PNG of the hits, best first; else RUN/hits.png")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
 
 
 def main(cfg: SearchConfig) -> None:
-    """Prints what is nearest to --text or --image, and saves the nearest pictures as one PNG.
+    """Prints what is nearest to --text or --image, saves the nearest pictures as one PNG, writes the page.
 
     Raises UserError, DataError for pictures, WeightsError and ConfigError for the model or the index.
     """
     check_flags(cfg)
-    if bool(cfg.text.strip()) == bool(cfg.image):
-        raise UserError("give either --text or --image")
+    check_question(cfg)
     source = model_folder(cfg.run)
     model = optimize(ImageTextModel.load(source)).to(pick_device(cfg.device))
     name = f"index-{Path(cfg.pictures).name}" if cfg.pictures else "index"
@@ -59,13 +62,30 @@ def main(cfg: SearchConfig) -> None:
     index = Index.load(folder)
     if not cfg.pictures:                            # else it was made just now
         warn_of_other_weights(index, folder, source)
+    names = [n.strip() for n in cfg.names.split(",") if n.strip()]
+    if cfg.text.strip() or cfg.image:
+        answer(cfg, model, index, names or model.captions)
+    if cfg.explain:
+        asked = Asked(cfg.image, cfg.text.strip(), tuple(names), cfg.top)
+        write_explanation(model, index, Path(cfg.run), asked, Path(cfg.explain))
 
-    if cfg.text:
+
+def check_question(cfg: SearchConfig) -> None:
+    """One question, or none where a page is asked for. Raises UserError."""
+    text = bool(cfg.text.strip())
+    if text and cfg.image or not (text or cfg.image or cfg.explain):
+        raise UserError("give either --text or --image" + ", or neither, with --explain" * bool(cfg.explain))
+    if cfg.explain and Path(cfg.explain).is_dir():
+        raise UserError(f"--explain {cfg.explain}: a folder; give the name of an HTML file")
+
+
+def answer(cfg: SearchConfig, model: ImageTextModel, index: Index, names: list[str]) -> None:
+    """Prints and saves what is nearest to --text or --image."""
+    if cfg.text.strip():
         model.warn_long([cfg.text])
         query = model.embed_texts([cfg.text])[0]                                    # [E]
     else:
         query = model.embed_images(load_image(cfg.image, model.size)[None])[0]
-        names = [n.strip() for n in cfg.names.split(",") if n.strip()] or model.captions
         if names:
             print("its name:")
             print_hits(best_things(model, names, query, cfg.top), model.model.logit_scale.exp().item())
@@ -82,27 +102,9 @@ def warn_of_other_weights(index: Index, folder: Path, model: Path) -> None:
               f"little; index again with --pictures FOLDER --index {folder}", file=sys.stderr)
 
 
-def best(embeddings: Tensor, query: Tensor, top: int) -> list[tuple[int, float]]:
-    """(index, cosine) of the `top` rows of [N, E] closest to [E], best first.
-    100,000 rows take milliseconds."""
-    if embeddings.shape[1] != len(query):
-        raise UserError(f"the index has vectors of {embeddings.shape[1]} numbers, the model of {len(query)}: "
-                        "index again")
-    scores = embeddings.to(query.dtype) @ query
-    values, places = scores.topk(min(top, len(scores)))
-    return list(zip(places.tolist(), values.tolist(), strict=True))
-
-
 def best_things(model: ImageTextModel, names: list[str], query: Tensor, top: int) -> list[tuple[str, float]]:
-    """The `top` things with their cosines: spellings of one thing are one answer, as near as the nearest.
-
-    (Their sum would favour things of many spellings.)
-    """
-    thing = {name: i for i, group in enumerate(model.spellings) for name in group}
-    found: dict[int | str, list[tuple[str, float]]] = {}
-    for i, score in best(model.embed_texts(names), query, len(names)):
-        found.setdefault(thing.get(names[i], names[i]), []).append((names[i], score))
-    return [(" / ".join(name for name, _ in group), group[0][1]) for group in list(found.values())[:top]]
+    """The `top` things with their cosines to a vector [E]; see `one_answer_a_thing`."""
+    return one_answer_a_thing(model, names, best(model.embed_texts(names), query, len(names)), top)
 
 
 def print_hits(hits: list[tuple[str, float]], scale: float | None = None) -> None:
