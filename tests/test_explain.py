@@ -24,7 +24,7 @@ from train.explain import attention_weights, data_of, recorded, skips_of, switch
 from train.sample import SampleConfig
 from train.strokes import Scaling, build_stroke_writer
 
-PROMPT, CAPTIONS = "春 楷書", ["春 楷書", "春 草書", "</script><b>"]
+PROMPT, CAPTIONS = "春 楷書", ["春 楷書", "春 草書"]
 STEPS = 3
 
 
@@ -107,8 +107,8 @@ def test_no_page_is_larger_than_five_megabytes() -> None:
         like = torch.zeros(shape)
         strip = explain.side_within(explain.STRIP_BYTES, 3 * explain.FRAMES, like)
         others = explain.side_within(explain.DRAWN_BYTES, count, like)
-        assert strip <= shape[1] and (3 * explain.FRAMES * strip**2 + count * others**2) * shape[0] <= 2.7e6
-    assert (2.7e6 + explain.FRAMES * explain.TOKENS * 7 * explain.MAP_SIDE**2) * 4 / 3 < 5.2e6
+        assert strip <= shape[1] and (3 * explain.FRAMES * strip**2 + count * others**2) * shape[0] <= 2.4e6
+    assert (2.4e6 + explain.FRAMES * explain.TOKENS * 7 * explain.MAP_SIDE**2) * 4 / 3 < 4.8e6
 
 
 # ---------------------------------------------------------------------------------------------------- numbers

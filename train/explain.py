@@ -49,7 +49,7 @@ FRAMES = 40                             # steps shown, at most, of those that we
 TOKENS = 16                             # tokens of the prompt shown, at most; the others are one
 MAP_SIDE = 16                           # of an attention map, at most
 CURVE = 100                             # points of the schedule's curves
-STRIP_BYTES, DRAWN_BYTES = 1_800_000, 900_000   # of all steps' pictures, of all others, before compression
+STRIP_BYTES, DRAWN_BYTES = 1_600_000, 800_000   # of all steps' pictures, of all others, before compression
 
 Hook = Callable[..., Any]
 Handles = list[RemovableHandle]

@@ -50,7 +50,8 @@ def main(cfg: SampleConfig) -> None:
     if cfg.explain:
         (prompt,) = model.completed(prompt, 1, cfg.seed)
         explain(model, prompt, Path(cfg.explain), cfg.seed, cfg.steps, cfg.guidance)
-        return print(f"open {cfg.explain}")
+        print(f"open {cfg.explain}")
+        return
     out = make_folder(cfg.out)
 
     progress = Progress(cfg.count, unit="picture")
