@@ -14,6 +14,7 @@ from minidiff.optimize import optimize
 from minidiff.text_to_image import TextToImage
 
 from .data.grid import grid_columns, save_grid, save_image
+from .explain import explain
 from .run.cli import MAX_SEED, check_flags, flag, model_folder, parse_flags, pick_device, start
 from .run.folder import make_folder
 from .run.log import Progress
@@ -34,16 +35,23 @@ class SampleConfig:
     steps: int = flag(30, "denoising steps", at_least=1, at_most=1000)
     batch: int = flag(20, "images at a time", at_least=1, at_most=100_000)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
+    explain: str = flag("", "FILE.html: in place of images, one page that shows step by step how the prompt "
+                            "is written, and what each part of the model does for it")
 
 
 def main(cfg: SampleConfig) -> None:
-    """Leaves the images and grid.png in --out.
+    """Leaves the images and grid.png in --out, or the page of --explain.
 
     Raises UserError, and WeightsError or ConfigError for a model that cannot be read.
     """
     check_flags(cfg)
     model = optimize(load_writer(model_folder(cfg.run))).to(pick_device(cfg.device))
     prompt = understood(model, cfg.prompt)
+    if cfg.explain:
+        (prompt,) = model.completed(prompt, 1, cfg.seed)
+        explain(model, prompt, Path(cfg.explain), cfg.seed, cfg.steps, cfg.guidance)
+        print(f"open {cfg.explain}")
+        return
     out = make_folder(cfg.out)
 
     progress = Progress(cfg.count, unit="picture")
