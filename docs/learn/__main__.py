@@ -4,8 +4,8 @@
     python docs/learn start 7      copies the stub to out/learn, unless it is there, and prints the page
     python docs/learn check 7      right, or not yet and why
 
-An exercise is a folder here: page.md (and page.zh-Hant.md), stub.py, check.py; its solution lies in solutions/.
-Read after docs/reading.md. Imports the standard library only: what needs torch runs in verdict.py, by itself.
+An exercise is a folder here: page.md (and page.zh-Hant.md), stub.py, check.py; its solution is in solutions/.
+Read before verdict.py. Imports the standard library only: what needs torch runs there, by itself.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def judge(folder: Path, answer: Path) -> tuple[bool, str]:
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         env = {**os.environ, "PYTHONPATH": path, "PYTHONOPTIMIZE": ""}
         try:
-            subprocess.run([sys.executable, HERE / "verdict.py", folder, answer, said], env=env, timeout=LIMIT)
+            subprocess.run([sys.executable, HERE / "verdict.py", folder, answer, said], env=env,
+                           timeout=LIMIT)
         except subprocess.TimeoutExpired:
             return False, f"no end after {LIMIT} seconds: is there an endless loop?"
         if not said.exists():
@@ -82,7 +83,7 @@ def judge(folder: Path, answer: Path) -> tuple[bool, str]:
 
 
 def state(folder: Path, out: Path, known: dict[str, list]) -> tuple[str, str]:
-    """none, no or yes, and why. known: the verdicts of before, by the answer and its check; it is added to."""
+    """none, no or yes, and why. known: verdicts by the answer and its check; what is not there is added."""
     answer = answer_in(out, folder)
     if not answer.exists():
         return "none", ""

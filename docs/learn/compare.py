@@ -12,7 +12,7 @@ def same(found: Any, wanted: Any, what: str, tolerance: float = 1e-6,
          mistakes: dict[str, Any] | None = None) -> None:
     """Raises AssertionError unless `found` is `wanted`: numbers, lists of them or tensors.
 
-    tolerance: of the largest number, or of 1. mistakes: sentence -> what somebody finds who made this mistake.
+    tolerance: of the largest number, or of 1. mistakes: sentence -> what one finds who made it.
     """
     wanted = numbers(wanted, what)
     assert found is not None, f"{what} is None: is a return missing?"

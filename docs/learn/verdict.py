@@ -2,8 +2,8 @@
 
     python docs/learn/verdict.py FOLDER ANSWER RESULT     writes [right, sentence] to RESULT, a JSON file
 
-A check is `check(answer)` in the check.py of an exercise: it calls the functions of the answer, a module, compares
-them with the project's, and raises AssertionError with one sentence. What it returns is added to "right".
+A check is `check(answer)` in the check.py of an exercise: it calls the functions of the answer, a module, and
+compares them with the project's. It raises AssertionError with one sentence; what it returns follows "right".
 """
 
 from __future__ import annotations

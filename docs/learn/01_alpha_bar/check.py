@@ -17,8 +17,9 @@ def check(answer) -> str:
             "these are the alphas, not yet multiplied up": 1 - betas,
             "these are the products of the betas": betas.cumprod(0),
             "alphas are multiplied, their betas are not summed": 1 - betas.cumsum(0),
-            "between the square roots of the ends, the line has to be squared again": (1 - betas.sqrt()).cumprod(0),
+            "the line goes between square roots, and has to be squared again": (1 - betas.sqrt()).cumprod(0),
             "Stable Diffusion's line goes between the square roots of the ends":
                 (1 - torch.linspace(start, end, T)).cumprod(0)})
-    last = [answer.alpha_bar(*ends)[-1] ** 0.5 for ends in ((0.0001, 0.02, 1000, False), (0.00085, 0.012, 1000, True))]
+    releases = (0.0001, 0.02, 1000, False), (0.00085, 0.012, 1000, True)
+    last = [answer.alpha_bar(*settings)[-1] ** 0.5 for settings in releases]
     return f"at t = 999 Ho's x_t has {last[0]:.3f} of the picture, Stable Diffusion's {last[1]:.3f}"

@@ -4,5 +4,5 @@ import torch
 
 
 def add_noise(x0: torch.Tensor, eps: torch.Tensor, alpha_bar: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """x0, eps [B, C, H, W]; alpha_bar [T], the whole table; t [B], a timestep a picture -> x_t [B, C, H, W]."""
+    """x0, eps [B, C, H, W]; alpha_bar [T], the whole table; t [B], one a picture -> x_t [B, C, H, W]."""
     raise NotImplementedError

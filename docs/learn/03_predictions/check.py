@@ -13,10 +13,13 @@ def check(answer) -> str:
     for t in (10, 400, 990):
         a, s = DDPMScheduler().signal_and_noise(t)
         x_t, v = a * x0 + s * eps, training_target("v_prediction", x0, eps, a, s)
-        same(answer.x0_from_eps(eps, x_t, a, s), to_x0("epsilon", eps, x_t, a, s), f"x0 from eps at t = {t}", 1e-9, {
+        same(answer.x0_from_eps(eps, x_t, a, s), to_x0("epsilon", eps, x_t, a, s),
+             f"x0 from eps at t = {t}", 1e-9, {
             "divide by alpha as well": x_t - s * eps, "divide by alpha, not multiply": (x_t - s * eps) * a})
-        same(answer.x0_from_v(v, x_t, a, s), to_x0("v_prediction", v, x_t, a, s), f"x0 from v at t = {t}", 1e-9, {
+        same(answer.x0_from_v(v, x_t, a, s), to_x0("v_prediction", v, x_t, a, s),
+             f"x0 from v at t = {t}", 1e-9, {
             "the sign of v": a * x_t + s * v, "alpha and sigma changed places": s * x_t - a * v})
-        same(answer.eps_from_v(v, x_t, a, s), to_eps("v_prediction", v, x_t, a, s), f"eps from v at t = {t}", 1e-9, {
+        same(answer.eps_from_v(v, x_t, a, s), to_eps("v_prediction", v, x_t, a, s),
+             f"eps from v at t = {t}", 1e-9, {
             "the sign of x_t": a * v - s * x_t, "alpha and sigma changed places": s * v + a * x_t})
     return f"at t = 990 an error in eps becomes {s / a:.0f} times as large in x0; one in v, {s:.2f} times"

@@ -19,7 +19,7 @@ def check(answer) -> str:
             x0 = (x_t - (1 - a) ** 0.5 * eps) / a**0.5
             plain = a_prev**0.5 * x0 + (1 - a_prev) ** 0.5 * eps
             deviation = ((1 - a_prev) / (1 - a) * (1 - a / a_prev)) ** 0.5
-            same(answer.step(x_t, eps, a, a_prev, eta), wanted, f"x_prev with eta = {eta} at t = {t}", 1e-12, {
+            same(answer.step(x_t, eps, a, a_prev, eta), wanted, f"x_prev, eta = {eta}, t = {t}", 1e-12, {
                 "fresh noise of variance sigma^2 leaves less room for eps": plain,
                 "what is added is the noise eps, not x_t": a_prev**0.5 * x0 + (1 - a_prev) ** 0.5 * x_t,
                 "the direction stands under a root": a_prev**0.5 * x0 + (1 - a_prev) * eps,

@@ -2,5 +2,5 @@
 
 
 def widths_in(channels: tuple[int, ...], n: int) -> list[int]:
-    """Channels that each resnet on the way up reads. channels: from the top level down; n: layers_per_block."""
+    """Channels that each resnet on the way up reads. channels: from the top down; n: layers_per_block."""
     raise NotImplementedError

@@ -34,6 +34,7 @@ def check(answer) -> str:
         assert len(calls) == n, f"predict was called {len(calls)} times for {n} steps"
         assert calls[0] > 0.9, f"the first call was at t = {1000 * calls[0]:g}, not at 1000"
         same(found, wanted, f"the picture of {n} steps", 1e-4)
-    same(answer.sample(model(pictures[:1]), noise, 1), pictures[:1].expand(3, -1, -1, -1), "the only picture", 1e-4)
+    only = pictures[:1].expand(3, -1, -1, -1)
+    same(answer.sample(model(pictures[:1]), noise, 1), only, "the only picture", 1e-4)
     gap = [(walked(n) - walked(50)).abs().mean().item() for n in (1, 10)]
     return f"with two pictures 1 step is {gap[0]:.2f} away from where 50 lead, 10 steps are {gap[1]:.2g}"
