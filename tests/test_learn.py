@@ -79,7 +79,8 @@ WRONG = {
          ("] = tensor", "] = 0 * tensor", "off by")],
     23: [("alpha / len(A)", "alpha", "divided by r"), ("alpha / len(A) * ", "", "alpha / r is missing"),
          ("B @ A", "(B @ A).T", "first A, then B"), ("W + ", "", "W itself")],
-    24: [("W.abs().flatten(1).amax(1) / 127).view(-1, *[1] * (W.ndim - 1))", "W.abs().max() / 127)", "one factor"),
+    24: [("W.abs().flatten(1).amax(1) / 127).view(-1, *[1] * (W.ndim - 1))", "W.abs().max() / 127)",
+          "one factor"),
          (".round()", "", "rounded"), ("/ 127)", "/ 128)", "127, not 128"), ("W.abs()", "W", "sign")],
 }  # fmt: skip
 
@@ -113,7 +114,7 @@ def solution(folder: Path) -> Path:
     return LEARN / "solutions" / f"{folder.name}.py"
 
 
-# ------------------------------------------------------------------------------------------------- the answers
+# ------------------------------------------------------------------------------------------------ the answers
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -146,7 +147,7 @@ def test_a_broken_answer_is_one_line(code: str, words: str, verdict, tmp_path: P
     assert not right and words in why and "\n" not in why, why
 
 
-# --------------------------------------------------------------------------------------------------- the pages
+# -------------------------------------------------------------------------------------------------- the pages
 
 
 def names_in(text: str) -> set[tuple[str, str]]:
@@ -184,7 +185,7 @@ def test_numbers_run_through_and_each_has_wrong_answers(learn) -> None:
     assert {path.stem for path in (LEARN / "solutions").glob("*.py")} == {folder.name for folder in FOLDERS}
 
 
-# ------------------------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------------------------------------ the command
 
 
 def test_the_list_before_anything_is_begun(learn, tmp_path: Path, capsys, monkeypatch) -> None:
@@ -235,7 +236,8 @@ def test_check_and_progress(learn, tmp_path: Path, capsys, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("code, limit, words", [
-    ("while True: pass", 3, "no end after 3 seconds"), ("import os; os._exit(0)", 60, "ended before it was checked"),
+    ("while True: pass", 3, "no end after 3 seconds"),
+    ("import os; os._exit(0)", 60, "ended before it was checked"),
 ])  # fmt: skip
 def test_an_answer_that_never_ends_or_ends_all(code: str, limit: int, words: str, learn, tmp_path: Path,
                                                monkeypatch) -> None:
