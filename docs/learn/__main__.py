@@ -161,7 +161,8 @@ def main(arguments: list[str]) -> None:
                         default=Path("out/learn") if Path.cwd() == ROOT else ROOT / "out" / "learn")
     args = parser.parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")        # Chinese on a console that cannot show it
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")    # Chinese on a console that cannot show it
     if args.verb is None:
         list_all(args.out)
     elif args.number not in exercises():

@@ -30,6 +30,7 @@ def load(path: Path, name: str) -> ModuleType:
 
 def verdict(folder: Path, answer: Path) -> tuple[bool, str]:
     """Whether an answer is right, and one line: why not, or what the check adds."""
+    answer = answer.resolve()                       # as tracebacks name it
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:

@@ -22,7 +22,7 @@ def check(answer) -> None:
         return model.predict(x, t, {"text": context})
 
     one = [predict(x, 1000.0, context) for context in contexts]
-    for s in (0.0, 1.0, 1.5, 7.5):
+    for s in (1.5, 0.0, 1.0, 7.5):
         calls.clear()
         found = answer.guided(predict, x, 1000.0, *contexts, s)
         drawn = model.denoise(x, prompts, 1, s)
