@@ -7,7 +7,7 @@ from torch import Tensor
 from minidiff import DDPMScheduler, UNet2DConditionModel
 from minidiff.unet import UpBlock
 
-PIXELS, BATCH, STEPS = 8, 16, 60
+PIXELS, BATCH, STEPS = 8, 8, 60
 
 
 def tiny_unet() -> UNet2DConditionModel:
