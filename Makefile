@@ -1,6 +1,7 @@
 # make demo     learn calligraphy from 20 pictures, write it, stroke by stroke and into a painting, in out/calligraphy
 # make demo-strokes   learn to write stroke by stroke, and write into a painting, in out/strokes, out/written, out/paintings
 # make demo-clip   learn which herb is which, in out/herbs, and answer
+# make learn    exercises with checks: the list; make learn N=7 starts one, CHECK=7 checks it, ZH=1 shows it in Chinese
 # make test     the tests, offline
 # make parity   the tests against diffusers, transformers and open_clip
 # make parity-export   exported graphs beside PyTorch, in onnxruntime, openvino and a browser (Python 3.11 or later)
@@ -29,7 +30,7 @@ EXPORTS ?= tests/parity_export
 # train and data under these names from any folder: --editable knows the packages only
 ON_PATH = import os, pathlib, sysconfig; pathlib.Path(sysconfig.get_path('purelib'), 'checkout.pth').write_text(os.getcwd())
 
-.PHONY: setup demo demo-strokes demo-clip test parity parity-export faults fuzz bench clean
+.PHONY: setup demo demo-strokes demo-clip learn test parity parity-export faults fuzz bench clean
 
 setup: $(VENV)/base.stamp
 
@@ -69,6 +70,9 @@ demo-clip: $(VENV)/base.stamp
 	$(RUN) -m train.train_clip --data data/herbs --hold-out artist=twitter --overwrite --out $(CLIP_OUT)
 	$(RUN) -m train.search --run $(CLIP_OUT) --text 薑
 	$(RUN) -m train.search --run $(CLIP_OUT) --image data/herbs/garlic_twitter.png
+
+learn: $(VENV)/base.stamp
+	@$(RUN) docs/learn $(if $(CHECK),check $(CHECK),$(if $(N),start $(N)))
 
 test: $(VENV)/test.stamp
 	$(RUN) -m ruff check .
