@@ -1,7 +1,7 @@
 """`python -m miniclip.trace clip-b32`: one forward pass, module by module, as a table, as JSON or as a page.
 
-Read beside model.py; minidiff/trace.py does the same for diffusion models with what stands here. Everything runs
-on the meta device: tensors have shapes and no numbers, so a model of any size takes seconds and no memory.
+Read beside model.py; minidiff/trace.py does the same for diffusion models with what stands here. All of it
+runs on the meta device: tensors have shapes and no numbers, and a model of any size takes seconds, no memory.
 FLOPs are torch.utils.flop_counter's: 2 for each multiply-add of matrix products, convolutions and attention;
 norms, activations and sums count nothing.
 Shapes: B batch, S text tokens, C channels, H W height and width, T tokens of either kind, D width.
@@ -67,7 +67,7 @@ class Row:
 
 @dataclass
 class Trace:
-    """A forward pass. rows[0] is the model itself, its activation_bytes the sum over modules with none within.
+    """A forward pass. rows[0] is the model; its activation_bytes are the sum over modules with none within.
 
     drawn: what a page draws, each a tower's name, a row, and the rows that are its boxes.
     skips: pairs of rows; what the first made, the second took besides its input.
@@ -183,7 +183,7 @@ def drawn(rows: list[Row], open_kinds: tuple[type, ...]) -> list[int]:
     return found
 
 
-# ----------------------------------------------------------------------------------------------------- showing
+# ---------------------------------------------------------------------------------------------------- showing
 
 
 def amount(number: float, unit: str = "") -> str:
@@ -244,7 +244,7 @@ def page(t: Trace) -> str:
     return template.replace("{{title}}", html.escape(t.title)).replace("{{data}}", text)
 
 
-# ----------------------------------------------------------------------------------------------------- command
+# ---------------------------------------------------------------------------------------------------- command
 
 
 class Parser(argparse.ArgumentParser):
@@ -261,10 +261,10 @@ def parser(name: str, presets: str) -> Parser:
                "weights are read or made.", epilog="FLOPs: 2 for each multiply-add of matrix products, "
                "convolutions and attention. activations: bytes of what a module makes; of the total, of all "
                "modules with none within.")
-    p.add_argument("model", nargs="?", help=f"{presets}, or a path: config.json, a model's or a run's folder, a "
-                   "checkpoint, of which only the shapes are read (default: %(default)s)")
+    p.add_argument("model", nargs="?", help=f"{presets}, or a path: config.json, a model's or run's folder, "
+                   "a checkpoint, of which only the shapes are read (default: %(default)s)")
     whole = partial(number, least=1)
-    p.add_argument("--size", type=whole, metavar="N", help="height and width of the input (default: the model's)")
+    p.add_argument("--size", type=whole, metavar="N", help="height and width (default: the model's)")
     p.add_argument("--batch", type=whole, default=1, metavar="B", help="default: %(default)s")
     p.add_argument("--tokens", type=whole, metavar="S", help="of each text (default: the model's)")
     p.add_argument("--depth", type=whole, metavar="N",
@@ -302,7 +302,7 @@ def write(path: str, text: str) -> None:
     print(path)
 
 
-# ---------------------------------------------------------------------------------------------- models, hollow
+# --------------------------------------------------------------------------------------------- models, hollow
 
 
 def hollow(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -322,7 +322,8 @@ def shapes_in(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_config(path: Path, more: dict[str, type] | None = None) -> nn.Module:
-    """The model that a config.json describes. more: classes beside CLIP's. Raises WeightsError, ConfigError."""
+    """The model that a config.json describes. more: classes beside CLIP's. Raises WeightsError,
+    ConfigError."""
     values, source = read_json(path), str(path)
     kind = (more or {}).get(class_named(values)) or class_of(values, source)
     return hollow_model(kind, kind.config_from_folder(values, source))
@@ -344,7 +345,7 @@ def config_in(folder: Path) -> Path | None:
                  if path.is_file()), None)
 
 
-# -------------------------------------------------------------------------------------------------------- CLIP
+# ------------------------------------------------------------------------------------------------------- CLIP
 
 ALIASES = {"clip-b32": "ViT-B-32", "clip-l14": "ViT-L-14", "rn50": "RN50"}
 OPENED = (CLIPPreTrainedModel, SimpleCLIPModel, CLIPTextTransformer, CLIPVisionTransformer, CLIPEncoder,
@@ -356,7 +357,8 @@ DEMO_SIZE = 64
 def published(name: str) -> nn.Module:
     """One of OpenAI's models, of the sizes in convert.py's tables."""
     E, picture, (D, L, heads) = (VIT | RESNET)[name]
-    text = CLIPTextConfig(hidden_size=D, intermediate_size=4 * D, num_hidden_layers=L, num_attention_heads=heads)
+    text = CLIPTextConfig(hidden_size=D, intermediate_size=4 * D, num_hidden_layers=L,
+                          num_attention_heads=heads)
     if name in RESNET:
         n, w, blocks = picture
         return hollow_model(class_of({"model_type": "clip_resnet"}, name), CLIPResNetConfig(

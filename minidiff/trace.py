@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from miniclip.command import run
 from miniclip.files import WeightsError
+from miniclip.trace import OPENED as CLIP_OPENED
 from miniclip.trace import (
     Row,
     Trace,
@@ -32,7 +33,6 @@ from miniclip.trace import (
     tower_of,
     trace,
 )
-from miniclip.trace import OPENED as CLIP_OPENED
 from miniclip.weights import load_file, load_pickle
 from minidiff.attention import Transformer2DModel
 from minidiff.config import UNet2DConditionConfig
@@ -66,7 +66,7 @@ OPENED = (AutoencoderKL, Encoder, Decoder, *CLIP_OPENED)
 DEMO = ImageFormat(64, 1, 2)    # with the preset small, what train.train_diffusion learns calligraphy with
 
 
-# --------------------------------------------------------------------------------------------------- the model
+# -------------------------------------------------------------------------------------------------- the model
 
 Models = dict[str, Callable[[], nn.Module]]     # those of a path, by name, each made when it is asked for
 
@@ -83,7 +83,8 @@ def open_model(path: str, part: str | None) -> tuple[nn.Module, str, int]:
     models = models_at(Path(path))
     name = part or ("unet" if "unet" in models else next(iter(models)))
     if name not in models:
-        raise WeightsError(f"{path}: no {name} in it; there is {', '.join(filter(None, models)) or 'one model'}")
+        there = ", ".join(filter(None, models)) or "one model"
+        raise WeightsError(f"{path}: no {name} in it; there is {there}")
     text = models.get("text_encoder")
     tokens = text().config.max_position_embeddings if text else TOKENS
     return models[name](), f"{path}, {name}" if name else path, tokens
@@ -116,10 +117,11 @@ def models_in(path: Path) -> Models:
     tensors = shapes_in(load_pickle(path) if path.suffix in PICKLES else load_file(path))
     if (model := beside(path, tensors, KINDS)) is not None:
         return {"": lambda: model}
-    return {name: partial(lambda model: model, model) for name, model in build_models(tensors, str(path)).items()}
+    models = build_models(tensors, str(path))
+    return {name: partial(models.get, name) for name in models}
 
 
-# ------------------------------------------------------------------------------------------------ what it takes
+# ---------------------------------------------------------------------------------------------- what it takes
 
 
 def unet_inputs(c: UNet2DConditionConfig, batch: int, size: int | None, tokens: int) -> dict[str, Any]:
@@ -155,11 +157,11 @@ def sides(size: int | tuple[int, int]) -> tuple[int, int]:
     return size if isinstance(size, tuple) else (size, size)
 
 
-# -------------------------------------------------------------------------------------------------- the drawing
+# ------------------------------------------------------------------------------------------------ the drawing
 
 
 def skips_of(rows: list[Row]) -> list[tuple[int, int]]:
-    """Which rows make the skips and which take them: last in, first out, as UNet2DConditionModel.forward has it."""
+    """Which rows make the skips and which take them: last in, first out, as in the UNet's forward."""
     made: list[int] = []
     taken: list[int] = []
     for i, row in enumerate(rows):
@@ -177,8 +179,8 @@ def boxes_of(rows: list[Row]) -> list[tuple[str, int, list[int]]]:
     """The blocks that hand maps on, each with the maps that it makes."""
     blocks = [i for i, row in enumerate(rows) if row.depth == 1 and len(row.output or ()) == 4]
     ends = [*blocks[1:], len(rows)]
-    return [("", i, [j for j in range(i, end) if rows[j].depth == 2] if issubclass(rows[i].kind, Block) else [i])
-            for i, end in zip(blocks, ends)]
+    inner = [[j for j in range(i, end) if rows[j].depth == 2] for i, end in zip(blocks, ends)]
+    return [("", i, maps if issubclass(rows[i].kind, Block) else [i]) for i, maps in zip(blocks, inner)]
 
 
 def coder_of(name: str) -> str:
