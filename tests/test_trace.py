@@ -170,7 +170,8 @@ def test_skips_are_the_tensors_that_the_way_up_pops(name: str) -> None:
     def popped(block: str) -> Any:
         def hook(module: Block, args: tuple) -> None:
             for j, tensor in zip(range(len(module.resnets)), reversed(args[1])):
-                makers = [name for name, made in seen.made.items() if made is tensor]     # or those who hand it on
+                makers = [name for name, made in seen.made.items() if made is tensor]
+                # the outermost: others hand it on
                 found.append((min(makers, key=lambda name: name.count(".")), f"{block}.resnets.{j}"))
         return hook
 
