@@ -307,6 +307,12 @@ def load(path: str | os.PathLike, name: str | None = None) -> nn.Module:
     if os.path.isdir(path):
         return _load_folder(path)
     state_dict, archive = read_any(path)
+    return from_tensors(state_dict, archive, path, name)
+
+
+def from_tensors(state_dict: dict[str, Tensor], archive: bool, path: str, name: str | None) -> nn.Module:
+    """The model of a file's tensors, whose shapes alone are looked at. archive: a TorchScript one, OpenAI's.
+    Raises WeightsError, ConfigError."""
     if "image_encoder.model.conv1.weight" in state_dict:
         return _filled(SimpleCLIPModel, simple_config(state_dict, path), state_dict, path)
     if "vision_model.embeddings.class_embedding" in state_dict:
@@ -348,14 +354,17 @@ FOLDERS = {
 
 
 def _load_folder(folder: str) -> nn.Module:
+    return class_of(read_json(os.path.join(folder, "config.json")), folder).from_pretrained(folder)
+
+
+def class_of(values: dict[str, Any], folder: str) -> type:
     """By "architectures" of config.json where it names one of our classes, else by model_type."""
-    values = read_json(os.path.join(folder, "config.json"))
     kind = FOLDERS.get(class_named(values)) or FOLDERS.get(str(values.get("model_type")))
     if kind is None:
         said = (f"model_type {shown(values.get('model_type'))}, architectures "
                 f"{shown(values.get('architectures'))}")
         raise WeightsError(f"{folder}: config.json says {said}; known are {', '.join(FOLDERS)}")
-    return kind.from_pretrained(folder)
+    return kind
 
 
 def _named(name: str | None, archive: bool, table: dict, source: str) -> tuple[tuple | None, str]:

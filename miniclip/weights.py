@@ -471,7 +471,7 @@ def load_strict(model: nn.Module, state_dict: dict[str, Tensor], source: str,
     taken = {name: state_dict[name].to(tensor.dtype) for name, tensor in wanted.items()}
     if any(tensor.is_meta for tensor in wanted.values()):
         _assign(model, taken)
-        _refuse_meta(model, source)
+        _refuse_meta(model, taken, source)
     else:
         model.load_state_dict(taken)
 
@@ -514,9 +514,9 @@ def skip_init() -> Iterator[None]:
         yield
 
 
-def _refuse_meta(model: nn.Module, source: str) -> None:
+def _refuse_meta(model: nn.Module, taken: dict[str, Tensor], source: str) -> None:
     # parameters are all in the state dict
-    empty = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    empty = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in taken]
     if empty:
         raise WeightsError(f"{source}: {type(model).__name__} keeps tensors that no file fills: "
                            f"{listed(empty)}")

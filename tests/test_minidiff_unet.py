@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from miniclip.weights import WeightsError, read_json, write_json
-from minidiff import UNet2DConditionConfig, UNet2DConditionModel, trace
+from minidiff import UNet2DConditionConfig, UNet2DConditionModel
 from minidiff.attention import Attention, plain_attention
 from minidiff.config import ConfigError
 
@@ -214,11 +214,3 @@ def test_a_config_that_asks_for_too_much_or_nothing(fields: dict) -> None:
     message = str(caught.value)
     assert message.startswith("config.json: ") and len(message) < 500 and "\n" not in message
     assert any(name in message for name in fields)
-
-
-def test_trace_shows_every_stage(capsys) -> None:
-    trace.main(["sdxl", "--size", "32", "--depth", "2"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].split()[-1] == "2,567,463,684"
-    assert any(line.startswith("down_blocks.2") and "[1, 1280, 8, 8]" in line for line in lines)
-    assert lines[-2].startswith("conv_out") and "[1, 4, 32, 32]" in lines[-2]
