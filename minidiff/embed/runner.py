@@ -34,10 +34,10 @@ class Pipeline:
     def run(self, name, *inputs):
         """The outputs of a graph, in order."""
         import onnxruntime
-
-        graph = self.rules["graphs"][name]
+        graph, options = self.rules["graphs"][name], onnxruntime.SessionOptions()
+        options.enable_cpu_mem_arena = False                           # it would keep the most it ever held
         if name not in self.sessions:
-            self.sessions[name] = onnxruntime.InferenceSession(self.folder / graph["file"],
+            self.sessions[name] = onnxruntime.InferenceSession(self.folder / graph["file"], options,
                                                                providers=["CPUExecutionProvider"])
         return self.sessions[name].run(None, dict(zip(graph["inputs"], inputs)))
 
@@ -137,6 +137,7 @@ class Pipeline:
         for i, (t, below) in enumerate(self.walk(steps), start=1):
             x = self.step(self.predict(x, t, conditions, guidance), x, t, below, noise[i % len(noise)])
             progress(i)
+        self.sessions.pop("unet")                                       # as above: the VAE takes as much
         return self.decode(x)
 
 
@@ -148,8 +149,7 @@ def png(picture):
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    height, width, channels = levels.shape
-    head = struct.pack(">IIBBBBB", width, height, 8, 0 if channels == 1 else 2, 0, 0, 0)
+    head = struct.pack(">IIBBBBB", *levels.shape[1::-1], 8, 0 if levels.shape[2] == 1 else 2, 0, 0, 0)
     parts = chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
