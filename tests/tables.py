@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from miniclip.files import atomic_write, read_json
-from tests.bench.page import chosen, ratio
+from tests.bench.page import TARGETS, chosen, ratio
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh-Hant.md")
@@ -46,7 +46,7 @@ def speed() -> list[tuple[str, ...]]:
     """A line for each row of docs/benchmarks.json: peer / ours in seconds of CPU."""
     rows = read_json(ROOT / "docs" / "benchmarks.json")
     return [(row["title"], *(fastest(row, *names) for names in (TORCH, *((n,) for n in RUNTIMES))))
-            for row in rows.values() if chosen(row, *TORCH)]
+            for row in (rows[name] for name in TARGETS if name in rows) if chosen(row, *TORCH)]
 
 
 def fastest(row: dict, *names: str) -> str:
