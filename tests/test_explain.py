@@ -78,7 +78,7 @@ def test_the_page_holds_all_that_it_shows(run: Path, tmp_path: Path, capsys) -> 
     drawn = levels(TextToImage.load(run / "model").sample([PROMPT], 7, STEPS, 1.5))
     assert (grey(data["picture"]) - drawn).abs().max() <= 1         # the faster layers round differently
     assert data["tokens"] == ["[begin]", "春", "楷書", "[end]"]
-    assert data["places"] == ["down 1", "mid", "up 0"]
+    assert data["places"] == ["down 1", "mid", "up 0"] and not data["live"]
     assert [frame["step"] for frame in data["frames"]] == [1, 2, 3]
     assert [g["w"] for g in data["guidances"]] == [0, 1, 1.5, 3, 5]
     assert len(data["code"]) == 11 and all("def " in code["source"] for code in data["code"])

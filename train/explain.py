@@ -56,15 +56,19 @@ Handles = list[RemovableHandle]
 
 
 def explain(model: TextToImage, prompt: str, path: Path, seed: int, steps: int, guidance: float) -> None:
-    """Writes the page. Raises UserError for a model without a UNet and for a path that cannot be a file."""
+    """Writes the page; beside an export (pipeline.json) it offers to draw live, in the page that lies there.
+
+    Raises UserError for a model without a UNet and for a path that cannot be a file.
+    """
     if not isinstance(model.unet, UNet2DConditionModel):
         raise UserError("--explain: this run writes strokes by a transformer; a run of pictures has the UNet "
                         "that is explained")
     if path.is_dir():
         raise UserError(f"--explain {path}: is a folder; give the name of a file")
     make_folder(path.parent)
-    values = {"title": html.escape(f"How {prompt or 'a picture'} is written"),
-              "data": to_json(data_of(model, prompt, seed, steps, guidance))}
+    data = {**data_of(model, prompt, seed, steps, guidance),
+            "live": (path.parent / "pipeline.json").is_file()}
+    values = {"title": html.escape(f"How {prompt or 'a picture'} is written"), "data": to_json(data)}
     page = re.sub(r"\{\{(title|data)\}\}", lambda found: values[found[1]],
                   TEMPLATE.read_text(encoding="utf-8"))
     with atomic_write(path) as file:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from minidiff.text_to_image import TextToImage
 from tests.parity_export.browser import Page, served
+from train.explain import explain
 
 LIBRARY = "onnxruntime-web@1.22.0"
 STATUS = "document.getElementById('status')?.textContent"
@@ -55,6 +57,22 @@ def test_a_run_writes_as_python_does(name: str, format: str, side: int, folders,
         page.evaluate("document.querySelector('#known button').click()")
         assert page.wait(f"{STATUS}.includes(' in ') && {STATUS}").startswith(f"人蔘: {side} × {side}")
         assert page.evaluate("document.getElementById('canvas').width") == side and fits(page)
+
+
+def test_an_explained_run_draws_live(folders, library: Path, page: Page) -> None:
+    """The page of train.sample --explain, written into an export: what it opens draws."""
+    model, out = folders("run", "onnx")
+    explain(TextToImage.load(model), "人蔘", out / "explained.html", seed=0, steps=2, guidance=1.5)
+    frame = "document.getElementById('frame').contentDocument"
+    with served(with_library(out, library)) as address:
+        page.open(f"{address}/explained.html")
+        page.wait("document.getElementById('live')?.hidden === false")
+        assert page.evaluate("performance.getEntriesByType('resource').length") == 0
+        page.evaluate("document.getElementById('start').click()")
+        page.wait(f"{frame}?.getElementById('status')?.textContent === 'Ready.'")
+        page.evaluate(f"{frame}.querySelector('#known button').click()")
+        page.wait(f"{frame}.getElementById('status').textContent.includes(' in ')")
+        assert page.evaluate(f"{frame}.getElementById('canvas').width") == 32 and fits(page)
 
 
 @pytest.mark.parametrize("name", ["clip", "chinese_clip", "simple_clip"])
