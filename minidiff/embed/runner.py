@@ -37,8 +37,9 @@ class Pipeline:
         graph, options = self.rules["graphs"][name], onnxruntime.SessionOptions()
         options.enable_cpu_mem_arena = False                           # it would keep the most it ever held
         if name not in self.sessions:
-            self.sessions[name] = onnxruntime.InferenceSession(self.folder / graph["file"], options,
-                                                               providers=["CPUExecutionProvider"])
+            self.sessions[name] = onnxruntime.InferenceSession(
+                self.folder / graph["file"], options, ["CPUExecutionProvider"],
+                disabled_optimizers=["ConstantFolding"])               # it holds weights twice
         return self.sessions[name].run(None, dict(zip(graph["inputs"], inputs)))
 
     # ---- the text
@@ -150,8 +151,7 @@ def png(picture):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     head = struct.pack(">IIBBBBB", *levels.shape[1::-1], 8, 0 if levels.shape[2] == 1 else 2, 0, 0, 0)
-    parts = chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def check(p):
