@@ -151,7 +151,8 @@ def png(picture):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     head = struct.pack(">IIBBBBB", *levels.shape[1::-1], 8, 0 if levels.shape[2] == 1 else 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
 
 
 def check(p):
@@ -184,7 +185,7 @@ def main():
     parser.add_argument("--check", action="store_true", help="compare every stage with its golden vector")
     a, p, start = parser.parse_args(), Pipeline(), time.perf_counter()
     if a.check:
-        return 0 if check(p) else 1
+        return not check(p)
     height, width = map(int, a.size.split("x")) if a.size else p.rules["size"]
     steps = min(a.steps or p.rules["defaults"]["steps"], p.rules["schedule"]["most_steps"])
     guidance = p.rules["defaults"]["guidance"] if a.guidance is None else a.guidance
@@ -192,7 +193,6 @@ def main():
                      lambda done: print(f"step {done}/{steps}", file=sys.stderr))
     Path(a.out).write_bytes(png(picture[0]))
     print(f"{a.out}: {picture.shape[3]} x {picture.shape[2]}, {time.perf_counter() - start:.1f} s")
-    return 0
 
 
 if __name__ == "__main__":
