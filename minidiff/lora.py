@@ -171,7 +171,7 @@ def find_file(source: str | os.PathLike, weight_name: str | None) -> Path:
 # --------------------------------------------------------------------------------------------- in a pipeline
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Adapter:
     """What one file put into a pipeline: (model, name in it, layer) of each projection."""
 

@@ -48,7 +48,7 @@ class StableDiffusionPipelineOutput(ModelOutput):
     nsfw_content_detected: None = None  # upstream's field: there is no safety checker here
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Conditions:
     """What the UNet is given besides the latents and the time.
 
@@ -645,7 +645,7 @@ class StableDiffusionPipeline(PipelineFolder, PipelineHabits, PipelineLoRA):
         return image.float() if mask else 2.0 * image.float() - 1.0
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class InpaintState:
     """Inpainting: where to start, the mask (1 = paint), the picture's latents, the one noise for all steps,
     and whether the UNet was trained for it."""

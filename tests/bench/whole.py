@@ -35,6 +35,7 @@ class Picture(Row):
 
     engines = (OURS, "diffusers", "diffusers, tuned")
     rounds, steps, warm = 1, 20, True
+    loose = (*Row.loose, "diffusers, tuned")            # its VAE in channels last, as in models.Decoder
 
     def __init__(self, *args, size: int = 512, **options):
         super().__init__(*args, **options)
