@@ -145,6 +145,12 @@ def write_json(path: str | os.PathLike, values: dict[str, Any]) -> None:
         file.write((json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
 
 
+def script_json(data: Any) -> str:
+    """JSON that may stand in a <script> of a page: no text in it can end that. NaN raises ValueError."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c")
+
+
 def is_texts(value: Any) -> bool:
     """Whether a value read from JSON is a list of strings."""
     return isinstance(value, list) and all(isinstance(text, str) for text in value)

@@ -29,7 +29,7 @@ from miniclip.bert import PostNormTower
 from miniclip.command import run
 from miniclip.config import CLIPConfig, CLIPResNetConfig, CLIPTextConfig, CLIPVisionConfig, Config
 from miniclip.convert import RESNET, VIT, class_of, from_tensors, read_any
-from miniclip.files import WeightsError, atomic_write, read_json
+from miniclip.files import WeightsError, atomic_write, read_json, script_json
 from miniclip.image import CLIPImageProcessor
 from miniclip.image_text import HEAD_WIDTH, PRESETS
 from miniclip.model import CLIPEncoder, CLIPPreTrainedModel, CLIPTextTransformer, CLIPVisionTransformer
@@ -239,9 +239,8 @@ def page(t: Trace) -> str:
              r.activation_bytes] for r in t.rows]
     data = {"title": t.title, "inputs": t.inputs, "rows": rows, "drawn": t.drawn, "skips": t.skips,
             "where": {row.kind.__name__: where(row.kind) for row in t.rows}}
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     template = (Path(__file__).parent / "trace.html").read_text(encoding="utf-8")
-    return template.replace("{{title}}", html.escape(t.title)).replace("{{data}}", text)
+    return template.replace("{{title}}", html.escape(t.title)).replace("{{data}}", script_json(data))
 
 
 # ---------------------------------------------------------------------------------------------------- command

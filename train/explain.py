@@ -15,7 +15,6 @@ import base64
 import html
 import inspect
 import io
-import json
 import math
 import re
 import textwrap
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torchvision.transforms.functional import to_pil_image
 
-from miniclip.weights import atomic_write
+from miniclip.files import atomic_write, script_json
 from minidiff import schedule
 from minidiff.attention import Attention, BasicTransformerBlock, Transformer2DModel
 from minidiff.objective import objective_of
@@ -40,6 +39,7 @@ from minidiff.text_to_image import TextToImage
 from minidiff.unet import DownBlock, MidBlock, UNet2DConditionModel, UpBlock
 
 from .errors import UserError
+from .report import data_uri
 from .run.folder import make_folder
 from .run.log import Progress
 
@@ -68,16 +68,11 @@ def explain(model: TextToImage, prompt: str, path: Path, seed: int, steps: int, 
     make_folder(path.parent)
     data = {**data_of(model, prompt, seed, steps, guidance),
             "live": (path.parent / "pipeline.json").is_file()}
-    values = {"title": html.escape(f"How {prompt or 'a picture'} is written"), "data": to_json(data)}
+    values = {"title": html.escape(f"How {prompt or 'a picture'} is written"), "data": script_json(data)}
     page = re.sub(r"\{\{(title|data)\}\}", lambda found: values[found[1]],
                   TEMPLATE.read_text(encoding="utf-8"))
     with atomic_write(path) as file:
         file.write(page.encode("utf-8"))
-
-
-def to_json(data: Any) -> str:
-    """JSON that may stand in a <script>: no text in it can end that."""
-    return json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
 
 
 def data_of(model: TextToImage, prompt: str, seed: int, steps: int, guidance: float) -> dict[str, Any]:
@@ -373,4 +368,4 @@ def to_uri(picture: Tensor, side: int) -> str:
     levels = ((picture.float().nan_to_num().clamp(-1, 1) + 1) * 127.5).round().byte()
     file = io.BytesIO()
     to_pil_image(levels.cpu()).save(file, format="png", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+    return data_uri(file.getvalue(), "png")

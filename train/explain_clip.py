@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,14 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from miniclip.files import atomic_write, read_bytes
+from miniclip.files import atomic_write, read_bytes, script_json
 from miniclip.image_text import ImageTextModel
 
 from .data.batches import load_image
 from .errors import DataError, UserError
 from .index import Index, best, one_answer_a_thing
 from .recall import MATRIX
+from .report import data_uri
 from .run.cli import read_settings
 from .run.folder import make_folder
 from .run.log import Progress, read_rows, series
@@ -55,8 +55,7 @@ def write_explanation(model: ImageTextModel, index: Index, run: Path, asked: Ask
     """Writes the page, whole or not at all. Raises UserError, DataError and WeightsError in one line."""
     make_folder(path.parent, write=False)
     data = explain(model, index, run, asked)
-    text = json.dumps(finite(data), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    page = TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", text.replace("<", "\\u003c"), 1)
+    page = TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", script_json(finite(data)), 1)
     with atomic_write(path) as file:
         file.write(page.encode("utf-8"))
     print(f"the page: {path} ({len(page.encode()) / 2**20:.1f} MiB)")
@@ -80,7 +79,7 @@ def explain(model: ImageTextModel, index: Index, run: Path, asked: Asked) -> dic
     progress.close()
     return {
         **about(model, run, len(index.files), len(known)),
-        "pictures": [{"src": data_uri(image), "file": file, "caption": caption, "mean": mean_color(image)}
+        "pictures": [{"src": image_uri(image), "file": file, "caption": caption, "mean": mean_color(image)}
                      for file, caption, image in zip(files, captions, images, strict=True)],
         "names": names, "asked_text": bool(asked.text), "things": things(model, names),
         "similarity": rounded(pictures @ texts.T),                                      # [N, M]
@@ -281,7 +280,7 @@ def matrices(folder: Path, prefix: str, steps: list[int]) -> list[dict[str, Any]
     while count > 2 and sum(file.stat().st_size for _, file in thinned(there, count)) > FRAME_BYTES:
         count -= 1
     frames = [(step, read_bytes(file, FRAME_BYTES)) for step, file in thinned(there, count)]
-    return [{"step": step, "src": f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"}
+    return [{"step": step, "src": data_uri(png, "png")}
             for step, png in frames]
 
 
@@ -314,13 +313,13 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def data_uri(image: Tensor) -> str:
+def image_uri(image: Tensor) -> str:
     """[3, S, S] in -1..1 as the tower sees it; large ones as JPEG, to keep the page small."""
     picture, file = to_pil_image(((image.clamp(-1, 1) + 1) * 127.5).round().byte()), io.BytesIO()
     kind = "png" if image.shape[-1] <= 96 else "jpeg"
     picture.thumbnail((WIDTH, WIDTH))
     picture.save(file, format=kind)
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+    return data_uri(file.getvalue(), kind)
 
 
 def mean_color(image: Tensor) -> str:

@@ -236,10 +236,15 @@ def notes(rows: Rows) -> str:
     return "".join(f'<p class="warning">{html.escape(line)}</p>' for line in diagnose(rows))
 
 
+def data_uri(picture: bytes, kind: str) -> str:
+    """The bytes of a picture file, kind png, gif or jpeg, as an address that needs no file."""
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode('ascii')}"
+
+
 def picture(path: Path, caption: str) -> str:
     """A PNG or GIF as a figure that carries its bytes."""
-    data, kind = base64.b64encode(path.read_bytes()).decode("ascii"), path.suffix[1:]
-    return (f'<figure><img src="data:image/{kind};base64,{data}" alt="{html.escape(caption)}">'
+    source = data_uri(path.read_bytes(), path.suffix[1:])
+    return (f'<figure><img src="{source}" alt="{html.escape(caption)}">'
             f"<figcaption>{html.escape(caption)}</figcaption></figure>")
 
 
